@@ -1,0 +1,21 @@
+"""Sizes in, plan out: sympy arithmetic that knows no graph and no tensor."""
+
+from elmo_compile.planner.choose import Plan, PlanRefusal, plan
+from elmo_compile.planner.device import DeviceLimits, cpu_cache_bytes, limits_for
+from elmo_compile.planner.memory import HeadMemory, Term
+from elmo_compile.planner.shape import HeadShape, default_compute_dtype
+from elmo_compile.planner.traffic import TrafficTable
+
+__all__ = [
+    "DeviceLimits",
+    "HeadMemory",
+    "HeadShape",
+    "Plan",
+    "PlanRefusal",
+    "Term",
+    "TrafficTable",
+    "cpu_cache_bytes",
+    "default_compute_dtype",
+    "limits_for",
+    "plan",
+]

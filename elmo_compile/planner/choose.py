@@ -1,0 +1,137 @@
+"""The plan of one head: chunk, memory and traffic, or why no chunk fits the budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+
+from elmo_compile.config import Options
+from elmo_compile.planner.device import DeviceLimits, limits_for
+from elmo_compile.planner.memory import HeadMemory, head_memory, temporary_formulas
+from elmo_compile.planner.shape import C, D, HeadShape
+from elmo_compile.planner.traffic import TrafficTable, head_traffic
+
+SMALLEST_CHUNK = 64
+"""Outputs; a budget that does not hold even this is refused."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How one head is computed, and what that costs."""
+
+    chunk_size: int
+    """Outputs per chunk, at most L."""
+    memory: HeadMemory
+    traffic: TrafficTable
+    notes: tuple[str, ...] = ()
+    """Sentences for the report: where a wish could not be met in full."""
+
+    @property
+    def products(self) -> int:
+        """Matrix products in a step."""
+        return self.traffic.products
+
+    @property
+    def logits_bytes(self) -> int:
+        """Bytes of the [N, L] logits that are not made."""
+        return self.memory.logits.bytes
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Bytes of what is made and freed within a step instead."""
+        return self.memory.temporary_bytes
+
+    @property
+    def saves(self) -> bool:
+        """Whether the logits exceed four times the temporaries: where the peak is promised."""
+        return self.logits_bytes > 4 * self.temporary_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanRefusal:
+    """No plan: nothing was chosen, and what would make one possible."""
+
+    reason: str
+    remedy: str
+    smallest_budget: int
+    """Bytes with which the head could be computed."""
+
+
+def plan(
+    shape: HeadShape, options: Options | None = None, limits: DeviceLimits | None = None
+) -> Plan | PlanRefusal:
+    """Choose the outputs per chunk of a head.
+
+    `chunk_size`, where given, wins. Otherwise the largest multiple of `limits.multiple` whose
+    working set stays in the cache share, at least `limits.min_chunk`; then made smaller until the
+    temporaries fit `memory_budget`. Dynamic sizes: chosen for their hints.
+
+    Args:
+        shape: the head.
+        options: the user's wishes; None: defaults.
+        limits: of the device; None: those of this machine for `shape.device`.
+    """
+    options = options or Options()
+    limits = limits or limits_for(shape.device)
+    outputs, budget = shape.number(shape.outputs), options.budget_bytes
+    notes: tuple[str, ...] = ()
+    if options.chunk_size is not None:
+        chunk = min(options.chunk_size, outputs)
+    else:
+        chunk = min(cache_chunk(shape, limits), outputs)
+        if budget is not None:
+            fitting = budget_chunk(shape, budget, limits.multiple)
+            smallest = min(SMALLEST_CHUNK, outputs)
+            if fitting < smallest:
+                return _refuse(shape, budget, smallest)
+            chunk = min(chunk, fitting)
+    memory = head_memory(shape, chunk)
+    if budget is not None and memory.temporary_bytes > budget:
+        notes = (
+            f"chunk_size={options.chunk_size} was asked for, and its temporaries "
+            f"({memory.temporary_bytes} bytes) exceed memory_budget={budget}",
+        )
+    return Plan(chunk_size=chunk, memory=memory, traffic=head_traffic(shape), notes=notes)
+
+
+def cache_chunk(shape: HeadShape, limits: DeviceLimits) -> int:
+    """Outputs whose weight and chunk temporaries fit the cache share; at least the minimum."""
+    _, slope = _line(shape, temporary_formulas(shape))
+    per_output = slope + shape.number(shape.weight_dtype.itemsize * D)
+    return max(limits.min_chunk, _floor(limits.working_set // per_output, limits.multiple))
+
+
+def budget_chunk(shape: HeadShape, budget: int, multiple: int) -> int:
+    """The most outputs whose temporaries fit `budget`; 0 if what every chunk needs does not."""
+    fixed, slope = _line(shape, temporary_formulas(shape))
+    most = max(0, (budget - fixed) // slope)
+    for step in (multiple, SMALLEST_CHUNK):
+        if most >= step:
+            return _floor(most, step)
+    return most
+
+
+def _line(shape: HeadShape, formulas: list[tuple[str, Any]]) -> tuple[int, int]:
+    """Temporaries as `fixed + slope * C`, numbers at the hinted sizes."""
+    total = sympy.expand(sympy.Add(*(expr for _, expr in formulas)))
+    number: Callable[[Any], int] = shape.number
+    return number(total.subs(C, 0)), number(total.coeff(C, 1))
+
+
+def _floor(value: int, multiple: int) -> int:
+    return value // multiple * multiple
+
+
+def _refuse(shape: HeadShape, budget: int, smallest: int) -> PlanRefusal:
+    fixed, slope = _line(shape, temporary_formulas(shape))
+    needed = fixed + slope * smallest
+    return PlanRefusal(
+        reason=f"memory_budget={budget} bytes is below the {needed} bytes that chunks of "
+        f"{smallest} outputs need at N={shape.number(shape.rows)}, "
+        f"D={shape.number(shape.features)}",
+        remedy=f"set memory_budget to at least {needed}, or use fewer rows per step",
+        smallest_budget=needed,
+    )

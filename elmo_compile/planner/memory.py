@@ -1,0 +1,176 @@
+"""Bytes a head holds during one step, term by term: as the program was, and rewritten."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import sympy
+
+from elmo_compile.numerics.losses import CE
+from elmo_compile.planner.shape import C, D, HeadShape, L, M, N
+
+LOSS = "loss"
+UPDATE = "weight gradient"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Term:
+    """One tensor, or one kind of temporary, that is held."""
+
+    name: str
+    expr: Any
+    """Bytes, as a sympy expression in N, D, L, C and M."""
+    bytes: int
+    """`expr` at the sizes of this head (hints for dynamic ones)."""
+    moments: tuple[str, ...] = ()
+    """When it is held, of `loss` (the gradient of the logits is formed) and `weight gradient`;
+    empty: all the time."""
+    temporary: bool = False
+    """Made and freed within the step by the rewritten head: what `memory_budget` bounds."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadMemory:
+    """The terms before and after the rewrite; totals are peaks over the moments of a step."""
+
+    before: tuple[Term, ...]
+    """What the program as written holds (a lower bound: no element-wise temporaries)."""
+    after: tuple[Term, ...]
+    logits: Term
+    """The [N, L] logits on their own, the matrix that no longer exists."""
+
+    @property
+    def total_before(self) -> Any:
+        """Peak bytes of `before`, a sympy expression."""
+        return _peak([(t.moments, t.expr) for t in self.before])
+
+    @property
+    def total_after(self) -> Any:
+        """Peak bytes of `after`, a sympy expression."""
+        return _peak([(t.moments, t.expr) for t in self.after])
+
+    @property
+    def temporaries(self) -> Any:
+        """Bytes of the temporaries of `after`, a sympy expression."""
+        return sympy.Add(*(t.expr for t in self.after if t.temporary))
+
+    @property
+    def bytes_before(self) -> int:
+        """`total_before` as a number."""
+        return int(_peak([(t.moments, sympy.Integer(t.bytes)) for t in self.before]))
+
+    @property
+    def bytes_after(self) -> int:
+        """`total_after` as a number."""
+        return int(_peak([(t.moments, sympy.Integer(t.bytes)) for t in self.after]))
+
+    @property
+    def temporary_bytes(self) -> int:
+        """`temporaries` as a number."""
+        return sum(t.bytes for t in self.after if t.temporary)
+
+
+def head_memory(shape: HeadShape, chunk: int) -> HeadMemory:
+    """Every term of a head whose outputs are walked in chunks of `chunk`."""
+
+    def term(name: str, expr: Any, *moments: str, temporary: bool = False) -> Term:
+        expr = sympy.sympify(expr)
+        number = shape.number(expr.subs(C, chunk))
+        return Term(name=name, expr=expr, bytes=number, moments=moments, temporary=temporary)
+
+    resident = [term(name, expr) for name, expr in _resident(shape)]
+    before = [term(name, expr, *moments) for name, expr, moments in _eager(shape)]
+    after = [term(name, expr) for name, expr in _gradients(shape)]
+    after += [term(name, expr, temporary=True) for name, expr in temporary_formulas(shape)]
+    return HeadMemory(
+        before=tuple(resident + before),
+        after=tuple(resident + after),
+        logits=term("logits", shape.compute_dtype.itemsize * N * L, LOSS),
+    )
+
+
+def temporary_formulas(shape: HeadShape) -> list[tuple[str, Any]]:
+    """Name and bytes, in N, D, C and M, of what the chunked head makes and frees in a step."""
+    compute = shape.compute_dtype.itemsize
+    accumulate = max(4, compute)
+    terms: list[tuple[str, Any]] = [("chunk of logits", accumulate * N * C)]
+    if shape.trains:
+        terms.append(("chunk of logit gradient", compute * N * C))
+    if shape.weight_dtype != shape.compute_dtype:
+        terms.append(("decoded chunk of weight", compute * C * D))
+    if shape.feature_dtype != shape.compute_dtype:
+        terms.append(("features in the compute dtype", compute * N * D))
+    if shape.weight_trainable and shape.device == "cpu":
+        # On CUDA the product is consumed tile by tile in registers.
+        terms.append(("chunk of weight gradient", accumulate * C * D))
+        if shape.fused_update:
+            terms.append(("chunk of rounded weight", shape.weight_dtype.itemsize * C * D))
+    if shape.features_trainable:
+        terms.append(("feature gradient accumulator", accumulate * N * D))
+    # Row losses are float64 across chunks; cross entropy adds log-sum-exp and target logit.
+    terms.append(("row statistics", (16 if shape.loss.name == CE else 8) * N))
+    if shape.positives != 0:
+        terms.append(("sorted positives", 16 * M))
+    return terms
+
+
+def _resident(shape: HeadShape) -> list[tuple[str, Any]]:
+    """What exists whatever the head does."""
+    terms: list[tuple[str, Any]] = [("weight", shape.weight_dtype.itemsize * L * D)]
+    if shape.has_bias:
+        terms.append(("bias", 4 * L))
+    if shape.momentum_dtype is not None:
+        terms.append(("momentum", shape.momentum_dtype.itemsize * L * D))
+    terms.append(("features", shape.feature_dtype.itemsize * N * D))
+    if shape.loss.targets == "dense":
+        terms.append(("dense targets (given)", shape.dense_target_dtype.itemsize * N * L))
+    return terms
+
+
+def _eager(shape: HeadShape) -> list[tuple[str, Any, tuple[str, ...]]]:
+    """What the program as written adds, and when it is held."""
+    compute = shape.compute_dtype.itemsize
+    loss = 4 if shape.logits_upcast else compute
+    terms: list[tuple[str, Any, tuple[str, ...]]] = [("logits", compute * N * L, (LOSS,))]
+    if shape.logits_upcast and compute != 4:
+        terms.append(("logits in float32", 4 * N * L, (LOSS,)))
+    if shape.loss.name == CE:
+        terms.append(("log-probabilities", loss * N * L, (LOSS,)))
+    if shape.loss.targets in ("padded", "flat", "pairs"):
+        dense = shape.dense_target_dtype.itemsize
+        terms.append(("multi-hot targets", dense * N * L, (LOSS,)))
+    if shape.trains:
+        terms.append(("gradient of the logits", loss * N * L, (LOSS,)))
+        if loss != compute:
+            cast = "gradient of the logits, cast back"
+            terms.append((cast, compute * N * L, (UPDATE,)))
+        else:
+            terms[-1] = (terms[-1][0], terms[-1][1], (LOSS, UPDATE))
+    if shape.features_trainable:
+        terms.append(("feature gradient", compute * N * D, (UPDATE,)))
+    if shape.weight_trainable:
+        size = shape.weight_gradient_dtype.itemsize
+        terms.append(("weight gradient", size * L * D, (UPDATE,)))
+        if shape.has_bias:
+            terms.append(("bias gradient", 4 * L, (UPDATE,)))
+    return terms
+
+
+def _gradients(shape: HeadShape) -> list[tuple[str, Any]]:
+    """Gradients the rewritten head returns; a fused update returns none for the weight."""
+    terms: list[tuple[str, Any]] = []
+    if shape.weight_trainable and not shape.fused_update:
+        terms.append(("weight gradient", shape.weight_gradient_dtype.itemsize * L * D))
+    if shape.weight_trainable and shape.has_bias:
+        terms.append(("bias gradient", 4 * L))
+    return terms
+
+
+def _peak(terms: list[tuple[tuple[str, ...], Any]]) -> Any:
+    """The largest sum of what is held at one moment."""
+    sums = [
+        sympy.Add(*(expr for moments, expr in terms if not moments or moment in moments))
+        for moment in (LOSS, UPDATE)
+    ]
+    return sums[0] if sums[0] == sums[1] else sympy.Max(*sums)

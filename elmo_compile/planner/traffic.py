@@ -1,0 +1,65 @@
+"""Operations and bytes of weight that one step of a head moves."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import sympy
+
+from elmo_compile.planner.shape import D, HeadShape, L, N
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrafficTable:
+    """Formulas in N, D, L, and the same at the sizes of one head."""
+
+    products: int
+    """[N, D] x [D, L]-sized matrix products in a step."""
+    operations: Any
+    """Floating-point operations of the products: 2 N L D each."""
+    read: Any
+    """Bytes read of weight and optimizer state, each chunk staying in cache between its uses."""
+    written: Any
+    """Bytes written of weight, weight gradient and optimizer state."""
+    operations_number: int
+    read_bytes: int
+    written_bytes: int
+
+
+def count_products(shape: HeadShape) -> int:
+    """Matrix products of one step.
+
+    The logits in forward (not where the value is deferred to the backward), the logits again in
+    the backward, the feature gradient and the weight gradient: 4 at most, 3 deferred, 1 without a
+    backward.
+    """
+    if not shape.trains:
+        return 1
+    passes = 1 if shape.value_in_backward else 2
+    return passes + int(shape.features_trainable) + int(shape.weight_trainable)
+
+
+def head_traffic(shape: HeadShape) -> TrafficTable:
+    """The step's operations and bytes moved (a lower bound: features and targets not counted)."""
+    weight = shape.weight_dtype.itemsize * L * D
+    passes = (1 if shape.value_in_backward else 2) if shape.trains else 1
+    read, written = passes * weight, sympy.Integer(0)
+    if shape.weight_trainable and shape.fused_update:
+        written = weight
+        if shape.momentum_dtype is not None:
+            state = shape.momentum_dtype.itemsize * L * D
+            read, written = read + state, written + state
+    elif shape.weight_trainable:
+        written = shape.weight_gradient_dtype.itemsize * L * D
+    products = count_products(shape)
+    operations = 2 * products * N * L * D
+    return TrafficTable(
+        products=products,
+        operations=operations,
+        read=read,
+        written=written,
+        operations_number=shape.number(operations),
+        read_bytes=shape.number(read),
+        written_bytes=shape.number(written),
+    )

@@ -1,0 +1,120 @@
+"""A report as plain text."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from elmo_compile.planner import HeadMemory, Plan, Term
+from elmo_compile.report.records import Match, Refusal, Report
+
+WIDTH = 110
+
+
+def render(report: Report) -> str:
+    """The report as text of at most 110 columns, without ANSI codes."""
+    lines: list[RenderableType] = [Text(_headline(report))]
+    if report.matches:
+        lines.append(_heads(report.matches))
+    for number, (match, plan) in enumerate(zip(report.matches, report.plans), start=1):
+        lines += [Text(""), Text(_summary(number, match, plan)), _memory(plan.memory)]
+        lines += [Text(f"  note: {note}") for note in dict.fromkeys((*match.notes, *plan.notes))]
+    for refusal in report.refusals:
+        lines += [Text(""), Text(_refused(refusal))]
+    console = Console(file=io.StringIO(), width=WIDTH, no_color=True, legacy_windows=False)
+    with console.capture() as capture:
+        for line in lines:
+            console.print(line)
+    return "\n".join(row.rstrip() for row in capture.get().splitlines())
+
+
+def human_bytes(size: int) -> str:
+    """`size` with the largest binary unit that leaves at least 1: "1.50 MiB"."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{size} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1024
+    return f"{value:.2f} TiB"
+
+
+def dtype_name(dtype: object) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _headline(report: Report) -> str:
+    counts = (
+        _plural(len(report.sections), "graph"),
+        f"{_plural(len(report.matches), 'head')} rewritten",
+        f"{len(report.refusals)} left as they were",
+    )
+    return "elmo: " + ", ".join(counts)
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _heads(matches: tuple[Match, ...]) -> Table:
+    table = Table(title="Rewritten heads", title_justify="left", show_lines=False)
+    for name in ("#", "loss", "outputs", "features", "stored", "computed", "chunk", "products"):
+        table.add_column(name, justify="left" if name in ("loss", "stored") else "right")
+    table.add_column("update")
+    table.add_column("source", overflow="fold")
+    for number, match in enumerate(matches, start=1):
+        table.add_row(
+            str(number),
+            Text(match.loss, overflow="fold"),
+            str(match.num_outputs),
+            str(match.num_features),
+            dtype_name(match.dtype),
+            dtype_name(match.compute_dtype),
+            str(match.chunk_size),
+            str(match.products),
+            "in backward" if match.fused_update else "gradient",
+            Text(match.source or "-"),
+        )
+    return table
+
+
+def _summary(number: int, match: Match, plan: Plan) -> str:
+    memory = plan.memory
+    deferred = "; logits deferred" if match.deferred else ""
+    return (
+        f"Head {number}: {human_bytes(memory.bytes_before)} -> {human_bytes(memory.bytes_after)}; "
+        f"logits of {human_bytes(plan.logits_bytes)} not made, "
+        f"{human_bytes(plan.temporary_bytes)} of temporaries instead; "
+        f"loss value {match.loss_value}{deferred}"
+    )
+
+
+def _memory(memory: HeadMemory) -> Table:
+    table = Table(title="Bytes held (peak of the moments)", title_justify="left")
+    for name in ("term", "formula", "before", "after"):
+        table.add_column(name, justify="right" if name in ("before", "after") else "left")
+    before = {term.name: term for term in memory.before}
+    after = {term.name: term for term in memory.after}
+    for name in dict.fromkeys((*before, *after)):
+        term = before.get(name) or after[name]
+        table.add_row(name, Text(str(term.expr)), _size(before.get(name)), _size(after.get(name)))
+    table.add_section()
+    totals = human_bytes(memory.bytes_before), human_bytes(memory.bytes_after)
+    table.add_row("peak", "N rows, D features, L outputs, C per chunk", *totals)
+    return table
+
+
+def _size(term: Term | None) -> str:
+    return "-" if term is None else human_bytes(term.bytes)
+
+
+def _refused(refusal: Refusal) -> str:
+    where = f" ({refusal.source})" if refusal.source else ""
+    return (
+        f"Left as it was: {refusal.node}{where} [{refusal.code}]\n"
+        f"  reason: {refusal.reason}\n"
+        f"  remedy: {refusal.remedy}"
+    )

@@ -1,0 +1,69 @@
+"""The reports of this process: bounded, thread-safe, without tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Hashable
+
+from elmo_compile.report.records import Report, Section
+from elmo_compile.report.strip import strip
+
+KEPT = 64
+"""Reports kept; the oldest goes first."""
+
+
+@dataclasses.dataclass
+class _Entry:
+    group: Hashable
+    report: Report
+
+
+_lock = threading.Lock()
+_entries: deque[_Entry] = deque(maxlen=KEPT)
+
+
+def record(section: Section, *, group: Hashable = None) -> Report:
+    """Add one compiled graph to this process's reports.
+
+    Args:
+        section: its graphs are stored as copies that hold no tensors.
+        group: what the graph belongs to. Sections of one group make one report, a section of the
+            same name replacing the earlier one. None: a report of its own.
+
+    Returns:
+        The report the section is now in, which is also the last one.
+    """
+    section = dataclasses.replace(
+        section,
+        graph_before=strip(section.graph_before),
+        graph_after=strip(section.graph_after),
+    )
+    with _lock:
+        report = Report((section,))
+        known = [e for e in _entries if group is not None and e.group == group]
+        if known:
+            kept = tuple(s for s in known[0].report.sections if s.name != section.name)
+            report = Report((*kept, section))
+            _entries.remove(known[0])
+        _entries.append(_Entry(group, report))
+        return report
+
+
+def reports() -> tuple[Report, ...]:
+    """The reports of this process, oldest first."""
+    with _lock:
+        return tuple(entry.report for entry in _entries)
+
+
+def last_report() -> Report:
+    """What was compiled last in this process; an empty report if nothing was."""
+    with _lock:
+        return _entries[-1].report if _entries else Report()
+
+
+def clear() -> None:
+    """Forget every report."""
+    with _lock:
+        _entries.clear()
