@@ -63,19 +63,21 @@ def round_stochastic_bits(v: Tensor, r: Tensor, fmt: StorageFormat) -> Tensor:
     Source: ALGORITHMS.md section 2.
     """
     bits = v.view(torch.int32)
-    magnitude = bits & _MAGNITUDE
-    a = magnitude.clamp_max(_bits(fmt.max))
     noise = r & fmt.random_mask
     if fmt.shift:
-        shift = torch.where(a < _bits(fmt.min_normal), fmt.shift, 0.0)
-        a = (a.view(torch.float32) + shift).view(torch.int32)
+        # Clamp and shift as floats: Inductor's CPU code moves each bit cast through memory.
+        size = v.abs()
+        shift = torch.where(size < fmt.min_normal, fmt.shift, 0.0)
+        a = (size.clamp_max(fmt.max) + shift).view(torch.int32)
         q = (a + noise) & ~fmt.random_mask
         q = (q.view(torch.float32) - shift).view(torch.int32)
     else:
+        # Integers throughout: compiled code may flush float32's subnormals, which bf16 has.
+        a = (bits & _MAGNITUDE).clamp_max(_bits(fmt.max))
         q = (a + noise) & ~fmt.random_mask
     if fmt.keeps_inf:
-        q = torch.where(magnitude == _INF, _INF, q)
-    q = torch.where(magnitude > _INF, _NAN, q | (bits & _SIGN))
+        q = torch.where((bits & _MAGNITUDE) == _INF, _INF, q)
+    q = torch.where(v != v, _NAN, q | (bits & _SIGN))
     return q.view(torch.float32)
 
 
