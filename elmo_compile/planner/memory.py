@@ -137,7 +137,7 @@ def _eager(shape: HeadShape) -> list[tuple[str, Any, tuple[str, ...]]]:
         terms.append(("logits in float32", 4 * N * L, (LOSS,)))
     if shape.loss.name == CE:
         terms.append(("log-probabilities", loss * N * L, (LOSS,)))
-    if shape.loss.targets in ("padded", "flat", "pairs"):
+    if shape.loss.targets not in ("classes", "dense"):
         dense = shape.dense_target_dtype.itemsize
         terms.append(("multi-hot targets", dense * N * L, (LOSS,)))
     if shape.trains:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -12,6 +13,7 @@ from elmo_compile.planner import HeadMemory, Plan, Term
 from elmo_compile.report.records import Match, Refusal, Report
 
 WIDTH = 110
+LEGEND = "Bytes: N rows, D features, L outputs, C outputs per chunk, M listed positives"
 
 
 def render(report: Report) -> str:
@@ -19,6 +21,7 @@ def render(report: Report) -> str:
     lines: list[RenderableType] = [Text(_headline(report))]
     if report.matches:
         lines.append(_heads(report.matches))
+        lines.append(Text(LEGEND))
     for number, (match, plan) in enumerate(zip(report.matches, report.plans), start=1):
         lines += [Text(""), Text(_summary(number, match, plan)), _memory(plan.memory)]
         lines += [Text(f"  note: {note}") for note in dict.fromkeys((*match.notes, *plan.notes))]
@@ -60,23 +63,21 @@ def _plural(count: int, what: str) -> str:
 
 
 def _heads(matches: tuple[Match, ...]) -> Table:
-    table = Table(title="Rewritten heads", title_justify="left", show_lines=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for name in ("#", "loss", "outputs", "features", "stored", "computed", "chunk", "products"):
         table.add_column(name, justify="left" if name in ("loss", "stored") else "right")
-    table.add_column("update")
-    table.add_column("source", overflow="fold")
+    table.add_column("weight update")
     for number, match in enumerate(matches, start=1):
         table.add_row(
             str(number),
-            Text(match.loss, overflow="fold"),
+            match.loss,
             str(match.num_outputs),
             str(match.num_features),
             dtype_name(match.dtype),
             dtype_name(match.compute_dtype),
             str(match.chunk_size),
             str(match.products),
-            "in backward" if match.fused_update else "gradient",
-            Text(match.source or "-"),
+            "in backward" if match.fused_update else "by gradient",
         )
     return table
 
@@ -84,16 +85,18 @@ def _heads(matches: tuple[Match, ...]) -> Table:
 def _summary(number: int, match: Match, plan: Plan) -> str:
     memory = plan.memory
     deferred = "; logits deferred" if match.deferred else ""
+    where = f" at {match.source}" if match.source else ""
     return (
-        f"Head {number}: {human_bytes(memory.bytes_before)} -> {human_bytes(memory.bytes_after)}; "
-        f"logits of {human_bytes(plan.logits_bytes)} not made, "
-        f"{human_bytes(plan.temporary_bytes)} of temporaries instead; "
-        f"loss value {match.loss_value}{deferred}"
+        f"Head {number}: {match.loss}{where}\n"
+        f"  holds {human_bytes(memory.bytes_after)} instead of {human_bytes(memory.bytes_before)}\n"
+        f"  {human_bytes(plan.temporary_bytes)} of temporaries instead of "
+        f"{human_bytes(plan.logits_bytes)} of logits\n"
+        f"  loss value: {match.loss_value}{deferred}"
     )
 
 
 def _memory(memory: HeadMemory) -> Table:
-    table = Table(title="Bytes held (peak of the moments)", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD)
     for name in ("term", "formula", "before", "after"):
         table.add_column(name, justify="right" if name in ("before", "after") else "left")
     before = {term.name: term for term in memory.before}
@@ -103,7 +106,7 @@ def _memory(memory: HeadMemory) -> Table:
         table.add_row(name, Text(str(term.expr)), _size(before.get(name)), _size(after.get(name)))
     table.add_section()
     totals = human_bytes(memory.bytes_before), human_bytes(memory.bytes_after)
-    table.add_row("peak", "N rows, D features, L outputs, C per chunk", *totals)
+    table.add_row("peak", "", *totals)
     return table
 
 

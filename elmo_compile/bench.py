@@ -1,0 +1,243 @@
+"""Time one head step of this package against eager torch, on sizes the user names.
+
+The contenders run in turn within each round, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elmo_compile.config import Options
+from elmo_compile.errors import OptionError
+from elmo_compile.kernels.problem import HeadProblem
+from elmo_compile.numerics.losses import BCE, CE, LossName, LossSpec
+from elmo_compile.numerics.update import Update
+from elmo_compile.planner import HeadShape, Plan, PlanRefusal, default_compute_dtype, plan
+
+LR = 0.01
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What to time: sizes, dtype, loss and device of one head."""
+
+    rows: int
+    features: int
+    outputs: int
+    dtype: torch.dtype = torch.bfloat16
+    """Storage of the weight; eager runs fp8 heads in bfloat16, since it has no fp8 products."""
+    loss: LossName = BCE
+    positives: int = 5
+    """Labels per row (BCE)."""
+    device: str = "cpu"
+    rounds: int = 5
+    options: Options = dataclasses.field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        """Every count is at least 1."""
+        for name in ("rows", "features", "outputs", "positives", "rounds"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name}={getattr(self, name)} cannot be used; at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One contender's median step."""
+
+    name: str
+    seconds: float
+    """Wall time."""
+    cpu_seconds: float
+    """Time of all threads of this process together."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """The timings of one case, the bare products first."""
+
+    case: Case
+    plan: Plan
+    timings: tuple[Timing, ...]
+    skipped: tuple[str, ...]
+    """A sentence for each contender that could not run."""
+
+
+def run(case: Case) -> Result:
+    """Time the bare products, this package's fused step and eager torch.
+
+    Raises:
+        OptionError: no chunk fits the budget.
+    """
+    chosen = plan(head_shape(case), case.options)
+    if isinstance(chosen, PlanRefusal):
+        raise OptionError(f"{chosen.reason}; {chosen.remedy}.")
+    steps: dict[str, Callable[[], object]] = {
+        "three bare products": _products(case, chosen.chunk_size),
+        "elmo (fused SGD)": _elmo(case, chosen.chunk_size),
+    }
+    skipped: tuple[str, ...] = ()
+    needed, available = chosen.memory.bytes_before, available_bytes(case.device)
+    if available is not None and needed > available:
+        skipped = (f"eager: needs {needed} bytes and {available} are available",)
+    else:
+        steps["eager (SGD)"] = _eager(case)
+    timings = _interleaved(steps, case.rounds, case.device)
+    return Result(case=case, plan=chosen, timings=timings, skipped=skipped)
+
+
+def head_shape(case: Case) -> HeadShape:
+    """The case as the planner reads it."""
+    kind = torch.device(case.device).type
+    if kind not in ("cpu", "cuda"):
+        raise OptionError(f"device={case.device!r} cannot be used; accepted: 'cpu', 'cuda'.")
+    device: Any = kind
+    compute = case.options.compute or default_compute_dtype(case.dtype, device)
+    return HeadShape(
+        rows=case.rows,
+        features=case.features,
+        outputs=case.outputs,
+        loss=_spec(case),
+        positives=0 if case.loss == CE else case.rows * case.positives,
+        weight_dtype=case.dtype,
+        feature_dtype=compute,
+        compute_dtype=compute,
+        fused_update=True,
+        device=device,
+    )
+
+
+def available_bytes(device: str) -> int | None:
+    """Memory that can still be had on a device; None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def _spec(case: Case) -> LossSpec:
+    return LossSpec(name=case.loss, targets="classes" if case.loss == CE else "padded")
+
+
+def _inputs(case: Case, storage: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Features [N, D], weight [L, D] as stored, and class ids [N] or labels [N, P]."""
+    generator = torch.Generator().manual_seed(0)
+    compute = head_shape(case).compute_dtype
+    x_ND = torch.randn(case.rows, case.features, generator=generator).to(compute)
+    w_LD = torch.empty(case.outputs, case.features, dtype=storage)
+    for part in torch.split(w_LD, 1 << 16):
+        part.copy_(0.05 * torch.randn(part.shape, generator=generator))
+    shape = (case.rows,) if case.loss == CE else (case.rows, case.positives)
+    labels = torch.randint(case.outputs, shape, generator=generator)
+    return x_ND.to(case.device), w_LD.to(case.device), labels.to(case.device)
+
+
+def _elmo(case: Case, chunk: int) -> Callable[[], object]:
+    from elmo_compile import kernels
+    from elmo_compile.kernels.targets import positives_of
+
+    x_ND, w_LD, labels = _inputs(case, case.dtype)
+    spec = _spec(case)
+    sparse = spec.targets != "classes"
+    problem = HeadProblem(
+        x_ND=x_ND,
+        w_LD=w_LD,
+        b_L=None,
+        target=positives_of(spec, labels, None, case.rows, case.outputs) if sparse else labels,
+        loss=spec,
+        chunk=chunk,
+        compute_dtype=x_ND.dtype,
+    )
+    family = kernels.select(w_LD.device)
+    factor = 1 / case.rows if case.loss == CE else 1 / (case.rows * case.outputs)
+    scale_N = torch.full((case.rows,), factor, device=w_LD.device)
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        forward = family.forward(problem)
+        update = Update(lr=LR, step=count)
+        family.backward_update(
+            problem,
+            forward.stats_N,
+            scale_N,
+            update,
+            need_dx=True,
+            need_db=False,
+            need_value=False,
+        )
+        count += 1
+
+    return step
+
+
+def _eager(case: Case) -> Callable[[], object]:
+    storage = torch.bfloat16 if case.dtype.itemsize == 1 else case.dtype
+    x_ND, w_LD, labels = _inputs(case, storage)
+    x_ND, w_LD = x_ND.to(storage).requires_grad_(), w_LD.requires_grad_()
+
+    def step() -> None:
+        z_NL = F.linear(x_ND, w_LD)
+        if case.loss == CE:
+            loss = F.cross_entropy(z_NL, labels)
+        else:
+            y_NL = torch.zeros_like(z_NL).scatter_(1, labels, 1)
+            loss = F.binary_cross_entropy_with_logits(z_NL, y_NL)
+        _, dw_LD = torch.autograd.grad(loss, (x_ND, w_LD))
+        with torch.no_grad():
+            w_LD.sub_(dw_LD, alpha=LR)
+
+    return step
+
+
+def _products(case: Case, chunk: int) -> Callable[[], object]:
+    x_ND, w_LD, _ = _inputs(case, head_shape(case).compute_dtype)
+
+    def step() -> None:
+        for w_CD in torch.split(w_LD, chunk):
+            z_NC = x_ND @ w_CD.t()
+            _ = z_NC @ w_CD, z_NC.t() @ x_ND
+
+    return step
+
+
+def _interleaved(
+    steps: dict[str, Callable[[], object]], rounds: int, device: str
+) -> tuple[Timing, ...]:
+    """Median of `rounds` after one unmeasured round."""
+    wall: dict[str, list[float]] = {name: [] for name in steps}
+    cpu: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            _synchronize(device)
+            start, cpu_start = time.perf_counter(), time.process_time()
+            step()
+            _synchronize(device)
+            if number:
+                wall[name].append(time.perf_counter() - start)
+                cpu[name].append(time.process_time() - cpu_start)
+    return tuple(
+        Timing(
+            name=name,
+            seconds=statistics.median(wall[name]),
+            cpu_seconds=statistics.median(cpu[name]),
+        )
+        for name in steps
+    )
+
+
+def _synchronize(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

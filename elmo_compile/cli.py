@@ -1,0 +1,199 @@
+"""The command line: `elmo-compile env | bench | explain`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from elmo_compile.config import Options
+from elmo_compile.errors import ElmoError, OptionError
+from elmo_compile.planner import cpu_cache_bytes
+from elmo_compile.report.render import human_bytes
+
+EXIT_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a mistake is one line on stderr and exit code 2."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], None] = arguments.command
+    try:
+        command(arguments)
+    except ElmoError as error:
+        print(f"elmo-compile: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="elmo-compile", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="{env,bench,explain}")
+
+    env = commands.add_parser("env", help="versions, devices and whether the backend is known")
+    env.set_defaults(command=_env)
+
+    bench = commands.add_parser("bench", help="time one head step against eager torch")
+    bench.add_argument("--rows", "-N", type=int, default=128, help="rows of a batch")
+    bench.add_argument("--features", "-D", type=int, default=768)
+    bench.add_argument("--outputs", "-L", type=int, default=131072)
+    bench.add_argument("--dtype", default="bfloat16", help="of the stored weight")
+    bench.add_argument("--loss", choices=("bce", "ce"), default="bce")
+    bench.add_argument("--positives", type=int, default=5, help="labels per row (bce)")
+    bench.add_argument("--device", default="cpu")
+    bench.add_argument("--rounds", type=int, default=5)
+    bench.add_argument("--chunk-size", type=int, default=None)
+    bench.add_argument("--memory-budget", default=None, help='bytes or "64MiB"')
+    bench.set_defaults(command=_bench)
+
+    explain = commands.add_parser("explain", help="what the backend would do with your program")
+    explain.add_argument(
+        "target", metavar="MODULE:CALLABLE", help="returns (fn, args) or (fn, args, kwargs)"
+    )
+    explain.add_argument("--dump", metavar="DIR", default=None, help="write report and graphs")
+    explain.set_defaults(command=_explain)
+    return parser
+
+
+def _env(_: argparse.Namespace) -> None:
+    rows = {
+        "elmo-compile": _version("elmo-compile"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads of "
+        f"{os.cpu_count()} cores",
+        "last-level cache": human_bytes(cpu_cache_bytes()),
+        "cuda": _cuda(),
+        "backend": _backend(),
+    }
+    for name, value in rows.items():
+        print(f"{name:<17} {value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return "no device"
+    names = []
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        names.append(
+            f"{found.name} (sm_{found.major}{found.minor}, {human_bytes(found.total_memory)}, "
+            f"L2 {human_bytes(found.L2_cache_size)})"
+        )
+    return "; ".join(names)
+
+
+def _backend() -> str:
+    registered = importlib.metadata.entry_points(group="torch_dynamo_backends")
+    for entry in registered:
+        if entry.name == "elmo":
+            return f"registered as 'elmo' ({entry.value})"
+    return "not registered: install the package (pip install elmo-compile)"
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from elmo_compile import bench
+
+    case = bench.Case(
+        rows=arguments.rows,
+        features=arguments.features,
+        outputs=arguments.outputs,
+        dtype=_dtype(arguments.dtype),
+        loss="cross_entropy" if arguments.loss == "ce" else "binary_cross_entropy_with_logits",
+        positives=arguments.positives,
+        device=_device(arguments.device),
+        rounds=arguments.rounds,
+        options=Options(chunk_size=arguments.chunk_size, memory_budget=arguments.memory_budget),
+    )
+    result = bench.run(case)
+    table = Table(title=f"One head step, median of {case.rounds}", title_justify="left")
+    for name in ("", "wall ms", "cpu ms", "ratio", "memory"):
+        table.add_column(name, justify="right" if name else "left")
+    floor = result.timings[0].seconds
+    memory = {"elmo": result.plan.memory.bytes_after, "eager": result.plan.memory.bytes_before}
+    for timing in result.timings:
+        held = memory.get(timing.name.split()[0])
+        table.add_row(
+            timing.name,
+            f"{1e3 * timing.seconds:.1f}",
+            f"{1e3 * timing.cpu_seconds:.1f}",
+            f"{timing.seconds / floor:.2f}",
+            "-" if held is None else human_bytes(held),
+        )
+    console = Console(width=100)
+    console.print(table)
+    console.print(Text(f"chunks of {result.plan.chunk_size}; memory as planned, not measured"))
+    for sentence in result.skipped:
+        console.print(Text(f"skipped {sentence}"))
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name.removeprefix("torch."), None)
+    accepted = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn")
+    if isinstance(found, torch.dtype) and str(found).removeprefix("torch.") in accepted:
+        return found
+    raise OptionError(f"--dtype {name} cannot be used; accepted: {', '.join(accepted)}.")
+
+
+def _device(name: str) -> str:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(f"--device {name} cannot be used; accepted: cpu, cuda, cuda:0.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"--device {name}: this machine has no CUDA device; use cpu.")
+    return name
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    from elmo_compile import explain
+
+    function, args, kwargs = _program(arguments.target)
+    report = explain(function, *args, **kwargs)
+    print(report)
+    if arguments.dump:
+        print(f"written to {report.dump(arguments.dump)}")
+
+
+def _program(target: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """What MODULE:CALLABLE returns, as function, arguments and keyword arguments."""
+    accepted = "accepted: MODULE:CALLABLE, which returns (fn, args) or (fn, args, kwargs)"
+    name, colon, attribute = target.partition(":")
+    if not (name and colon and attribute):
+        raise OptionError(f"{target!r} cannot be explained; {accepted}.")
+    sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"{target!r} cannot be imported: {error}.") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    made = factory()
+    if not (isinstance(made, tuple) and len(made) in (2, 3) and callable(made[0])):
+        raise OptionError(f"{target}() returned {type(made).__name__}; {accepted}.")
+    kwargs = made[2] if len(made) == 3 else {}
+    if not (isinstance(made[1], (tuple, list)) and isinstance(kwargs, dict)):
+        raise OptionError(f"{target}(): args must be a tuple and kwargs a dict; {accepted}.")
+    return cast(Callable[..., Any], made[0]), tuple(made[1]), kwargs
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,166 @@
+"""The chunk: from the cache, from the budget, from the user; never more than the outputs."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import sympy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elmo_compile import planner
+from elmo_compile.config import Options
+from elmo_compile.errors import OptionError
+from elmo_compile.numerics.losses import BCE, CE, LossSpec
+from elmo_compile.planner import HeadShape, Plan, PlanRefusal, limits_for, plan
+from elmo_compile.planner.device import MIB, _kernel_size, cpu_cache_bytes
+
+FP8 = torch.float8_e4m3fn
+LIMITS = limits_for("cpu", 32 * MIB)
+
+
+def shape(rows=128, outputs=670_091, dtype=torch.bfloat16, loss=BCE, **changes):
+    """A head as the tests vary it: sparse BCE or cross entropy, D = 768, fused."""
+    targets = "padded" if loss == BCE else "classes"
+    values = {
+        "rows": rows,
+        "features": 768,
+        "outputs": outputs,
+        "loss": LossSpec(name=loss, targets=targets),
+        "weight_dtype": dtype,
+        "feature_dtype": torch.bfloat16,
+        "compute_dtype": planner.default_compute_dtype(dtype, "cpu"),
+        "fused_update": True,
+        "positives": 0 if loss == CE else 5 * rows,
+    }
+    return HeadShape(**{**values, **changes})
+
+
+def made(*args, **kwargs) -> Plan:
+    """The plan, which must exist."""
+    found = plan(*args, **kwargs)
+    assert isinstance(found, Plan)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, FP8])
+@pytest.mark.parametrize("loss", [BCE, CE])
+@pytest.mark.parametrize(("rows", "most"), [(128, 64 * MIB), (2048, 100 * MIB)])
+def test_default_temporaries_are_small(rows, most, loss, dtype):
+    found = made(shape(rows, dtype=dtype, loss=loss), None, LIMITS)
+    assert found.temporary_bytes < most
+    assert found.chunk_size >= 1024
+    assert found.chunk_size % 128 == 0
+    assert found.saves == (found.logits_bytes > 4 * found.temporary_bytes)
+    assert found.saves
+
+
+def test_more_rows_make_the_chunk_smaller_down_to_the_minimum():
+    chunks = [made(shape(rows), None, LIMITS).chunk_size for rows in (1, 64, 512, 4096, 1 << 20)]
+    assert chunks == sorted(chunks, reverse=True)
+    assert chunks[0] > chunks[-1] == LIMITS.min_chunk
+
+
+def test_a_larger_cache_makes_the_chunk_larger():
+    small, large = (made(shape(), None, limits_for("cpu", c * MIB)) for c in (32, 256))
+    assert small.chunk_size < large.chunk_size
+
+
+def test_cuda_chunks_keep_the_matrix_units_busy():
+    head = shape(device="cuda")
+    found = made(head, None, limits_for("cuda", 50 * MIB))
+    assert found.chunk_size >= 4096
+    assert "chunk of weight gradient" not in {term.name for term in found.memory.after}
+    assert made(shape(1 << 16, device="cuda")).chunk_size == 4096
+
+
+@pytest.mark.parametrize("outputs", [1, 63, 64, 1000, 1025])
+def test_never_more_than_the_outputs(outputs):
+    assert made(shape(outputs=outputs)).chunk_size == outputs
+    assert made(shape(outputs=outputs), Options(chunk_size=10**9)).chunk_size == outputs
+    assert made(shape(outputs=outputs), Options(memory_budget="1TiB")).chunk_size == outputs
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 12_345])
+def test_an_explicit_chunk_wins(chunk):
+    assert made(shape(), Options(chunk_size=chunk)).chunk_size == chunk
+    found = made(shape(), Options(chunk_size=chunk, memory_budget=1000))
+    assert found.chunk_size == chunk
+    assert "exceed memory_budget=1000" in found.notes[0]
+    assert made(shape(), Options(chunk_size=chunk, memory_budget="1TiB")).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loss", "budget"),
+    list(itertools.product([torch.float32, torch.bfloat16, FP8], [BCE, CE], ["2MiB", "1GiB"])),
+)
+def test_a_budget_is_an_upper_bound(dtype, loss, budget):
+    options = Options(memory_budget=budget)
+    found = made(shape(dtype=dtype, loss=loss), options, LIMITS)
+    assert found.temporary_bytes <= options.budget_bytes
+    # It is a bound and not a wish: more than the cache holds would only be slower.
+    assert found.chunk_size <= made(shape(dtype=dtype, loss=loss), None, LIMITS).chunk_size
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 4096),
+    features=st.integers(1, 2048),
+    outputs=st.integers(1, 10**7),
+    budget=st.integers(1, 1 << 28),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, FP8]),
+    fused=st.booleans(),
+)
+def test_within_the_budget_or_a_budget_that_works(rows, features, outputs, budget, dtype, fused):
+    head = shape(rows, outputs, dtype, features=features, fused_update=fused)
+    found = plan(head, Options(memory_budget=budget), LIMITS)
+    if isinstance(found, PlanRefusal):
+        assert found.smallest_budget > budget
+        assert str(found.smallest_budget) in found.remedy
+        found = plan(head, Options(memory_budget=found.smallest_budget), LIMITS)
+        assert isinstance(found, Plan)
+        assert found.chunk_size == min(64, outputs)
+        below = Options(memory_budget=found.temporary_bytes - 1)
+        assert isinstance(plan(head, below, LIMITS), PlanRefusal)
+    else:
+        assert found.temporary_bytes <= budget
+        assert 1 <= found.chunk_size <= outputs
+
+
+def test_a_dynamic_batch_stays_symbolic_and_is_planned_for_its_hint():
+    s0 = sympy.Symbol("s0", integer=True, positive=True)
+    dynamic = shape(2 * s0, positives=10 * s0, hints={s0: 64})
+    assert made(dynamic, None, LIMITS) == made(shape(), None, LIMITS)
+    rows = sympy.Symbol("N")
+    assert rows in made(dynamic).memory.temporaries.free_symbols
+
+
+def test_what_is_not_known_of_a_device():
+    assert limits_for("cpu").cache_bytes == cpu_cache_bytes() >= MIB // 4
+    assert limits_for("cuda").min_chunk == 4096
+    with pytest.raises(OptionError, match=r"'tpu'.*'cpu', 'cuda'"):
+        limits_for("tpu")
+
+
+def test_kernel_sizes(monkeypatch, tmp_path):
+    assert [_kernel_size(t) for t in ("32768K\n", "2M", "1G", "17")] == [
+        32 << 20,
+        2 << 20,
+        1 << 30,
+        17,
+    ]
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([tmp_path / "index0"]))
+    cpu_cache_bytes.cache_clear()
+    assert cpu_cache_bytes() == 32 * MIB
+    cpu_cache_bytes.cache_clear()
+
+
+def test_default_compute_dtype():
+    assert planner.default_compute_dtype(FP8, "cpu") is torch.bfloat16
+    assert planner.default_compute_dtype(torch.float16, "cpu") is torch.float32
+    assert planner.default_compute_dtype(torch.float16, "cuda") is torch.float16
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert planner.default_compute_dtype(dtype, "cpu") is dtype

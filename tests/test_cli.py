@@ -1,0 +1,133 @@
+"""The command line: what it prints, and that a mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+import elmo_compile
+from elmo_compile import bench, cli
+from elmo_compile.errors import OptionError
+from elmo_compile.report import Report
+
+
+def failed(capsys, *arguments) -> str:
+    """The one line of a refused command."""
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("elmo-compile: ")
+    return line
+
+
+def test_env_names_versions_devices_and_the_backend(capsys):
+    assert cli.main(["env"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("elmo-compile", torch.__version__, "triton", "last-level cache", "cuda"):
+        assert expected in printed
+    assert "registered as 'elmo' (elmo_compile.backend:elmo_backend)" in printed
+
+
+@pytest.mark.parametrize("loss", ["bce", "ce"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_bench_times_every_contender(capsys, loss, dtype):
+    sizes = ["-N", "4", "-D", "16", "-L", "300", "--rounds", "1", "--chunk-size", "128"]
+    assert cli.main(["bench", *sizes, "--loss", loss, "--dtype", dtype]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("three bare products", "elmo (fused SGD)", "eager (SGD)", "chunks of 128"):
+        assert expected in printed
+
+
+def test_bench_leaves_out_what_does_not_fit(monkeypatch):
+    monkeypatch.setattr(bench, "available_bytes", lambda device: 10)
+    result = bench.run(bench.Case(rows=2, features=8, outputs=64, rounds=1))
+    assert [t.name for t in result.timings] == ["three bare products", "elmo (fused SGD)"]
+    assert "eager: needs" in result.skipped[0]
+
+
+def test_bench_steps_do_the_same_thing():
+    case = bench.Case(rows=4, features=8, outputs=64, dtype=torch.float32, rounds=1)
+    first = [bench._inputs(case, torch.float32) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*first))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "int8"], "--dtype int8 cannot be used; accepted: float64"),
+        (["--device", "gpu"], "--device gpu cannot be used"),
+        (["--rows", "0"], "rows=0 cannot be used; at least 1"),
+        (["--chunk-size", "0"], "chunk_size=0"),
+        (["--memory-budget", "many"], "memory_budget='many'"),
+        (["--memory-budget", "10B"], "set memory_budget to at least"),
+    ],
+)
+def test_bench_refuses(capsys, arguments, message):
+    assert message in failed(capsys, "bench", *arguments)
+
+
+def test_bench_refuses_a_device_that_is_not_there(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    assert "no CUDA device" in failed(capsys, "bench", "--device", "cuda")
+
+
+def test_bench_refuses_an_unknown_device_kind():
+    with pytest.raises(OptionError, match="'meta'"):
+        bench.run(bench.Case(rows=1, features=1, outputs=1, device="meta"))
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """A module `users_program` with good and bad factories."""
+    module = types.ModuleType("users_program")
+    module.good = lambda: (torch.add, (1, 2))
+    module.named = lambda: (torch.add, [1], {"other": 2})
+    module.wrong = lambda: 3
+    module.worse = lambda: (torch.add, 1)
+    monkeypatch.setitem(sys.modules, "users_program", module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs"), [("good", (1, 2), {}), ("named", (1,), {"other": 2})]
+)
+def test_explain_hands_over_the_program(capsys, monkeypatch, tmp_path, program, name, args, kwargs):
+    calls = []
+
+    def explain(fn, *args, **kwargs):
+        calls.append((fn, args, kwargs))
+        return Report()
+
+    monkeypatch.setattr(elmo_compile, "explain", explain, raising=False)
+    folder = tmp_path / "dumped"
+    assert cli.main(["explain", f"users_program:{name}", "--dump", str(folder)]) == 0
+    assert calls == [(torch.add, args, kwargs)]
+    assert "0 heads rewritten" in capsys.readouterr().out
+    assert (folder / "report.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("users_program", "accepted: MODULE:CALLABLE"),
+        ("no_such_module:f", "cannot be imported: No module named 'no_such_module'"),
+        ("users_program:missing", "cannot be imported"),
+        ("users_program:wrong", "returned int; accepted"),
+        ("users_program:worse", "args must be a tuple"),
+    ],
+)
+def test_explain_refuses(capsys, monkeypatch, program, target, message):
+    monkeypatch.setattr(elmo_compile, "explain", None, raising=False)
+    path = list(sys.path)
+    assert message in failed(capsys, "explain", target)
+    assert sys.path == path
+
+
+def test_no_command_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([])
