@@ -1,0 +1,152 @@
+"""The specification of a head step: dense, unchunked, in the arithmetic dtype of the problem.
+
+It holds [N, L] and [L, D] tensors on purpose: read it against the formulas, test kernels against
+it, never run it on a large head. Shapes: N rows, D features, L outputs, M positives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from elmo_compile.kernels.problem import Forward, Gradients, HeadProblem, UpdateResult
+from elmo_compile.numerics import losses, philox
+from elmo_compile.numerics.formats import format_of, is_narrow
+from elmo_compile.numerics.losses import CE, Positives
+from elmo_compile.numerics.rounding import round_nearest, round_stochastic_bits
+from elmo_compile.numerics.update import Update, sgd
+
+
+@torch.no_grad()
+def forward(p: HeadProblem) -> Forward:
+    """Loss of each row, and for cross entropy its log-sum-exp.
+
+    BCE: `sum_l max(z, 0) - z y + log(1 + e^-|z|)`; CE: `sum_l y (lse - z)`, `lse = log sum_l e^z`.
+    """
+    z_NL, y_NL = _logits(p), _targets(p)
+    if p.loss.name == CE:
+        lse_N = z_NL.logsumexp(1)
+        rows_N = (y_NL * (lse_N[:, None] - z_NL)).sum(1)
+        return Forward(rows_N, lse_N)
+    return Forward(losses.bce_value(z_NL, y_NL).sum(1), z_NL.new_empty(0))
+
+
+@torch.no_grad()
+def backward(
+    p: HeadProblem,
+    stats_N: Tensor,
+    scale_N: Tensor,
+    *,
+    need_dx: bool = True,
+    need_dw: bool = True,
+    need_db: bool = True,
+) -> Gradients:
+    """`dx = scale_n g w`, `dw = (scale g)^T x`, `db = sum_n scale g` with `g = dloss_n/dz_nl`."""
+    g_NL = scale_N.to(_arithmetic(p))[:, None] * _logit_gradient(p, stats_N)
+    dw_LD = g_NL.t() @ _features(p) if need_dw else None
+    if dw_LD is not None and p.w_LD.dtype != torch.float8_e4m3fn:
+        dw_LD = dw_LD.to(p.w_LD.dtype)
+    return Gradients(
+        g_NL @ _weight(p) if need_dx else None, dw_LD, g_NL.sum(0) if need_db else None
+    )
+
+
+@torch.no_grad()
+def backward_update(
+    p: HeadProblem,
+    stats_N: Tensor,
+    scale_N: Tensor,
+    update: Update,
+    *,
+    need_dx: bool = True,
+    need_db: bool = True,
+    need_value: bool = False,
+) -> UpdateResult:
+    """dx and db from the weight as it was; then weight and momentum are updated in place."""
+    rows_N = forward(p).rows_N if need_value else None
+    g_NL = scale_N.to(_arithmetic(p))[:, None] * _logit_gradient(p, stats_N)
+    dx_ND = g_NL @ _weight(p) if need_dx else None
+    db_L = g_NL.sum(0) if need_db else None
+    work = _arithmetic(p)
+    m_LD = None if update.buffer is None else update.buffer.to(work)
+    w_LD, m_LD = sgd(
+        p.w_LD.to(work),
+        g_NL.t() @ _features(p),
+        m_LD,
+        lr=update.lr,
+        weight_decay=update.weight_decay,
+        momentum=update.momentum,
+        nesterov=update.nesterov,
+    )
+    stochastic = update.rounding == "stochastic"
+    _store(p.w_LD, w_LD, update, philox.WEIGHT if stochastic else None)
+    if update.buffer is not None and m_LD is not None:
+        # A narrow momentum is rounded stochastically whatever the weight does: with rounding to
+        # nearest it would never decay.
+        _store(update.buffer, m_LD, update, philox.MOMENTUM)
+    return UpdateResult(dx_ND, db_L, rows_N)
+
+
+def _store(stored_LD: Tensor, value_LD: Tensor, update: Update, stream: int | None) -> None:
+    """Write values into their storage dtype: stochastically on a stream, or to nearest."""
+    if not is_narrow(stored_LD.dtype):
+        stored_LD.copy_(value_LD)
+        return
+    if stream is None:
+        stored_LD.copy_(round_nearest(value_LD, stored_LD.dtype))
+        return
+    first = update.row_offset
+    row_L = torch.arange(first, first + stored_LD.shape[0], device=stored_LD.device)
+    key_L = philox.row_keys(update.seed, update.param_id, update.step, stream, row_L)
+    d_D = torch.arange(stored_LD.shape[1], dtype=torch.int32, device=stored_LD.device)
+    words_LD = philox.element_words(key_L, d_D)
+    on_grid = round_stochastic_bits(
+        value_LD.to(torch.float32), words_LD, format_of(stored_LD.dtype)
+    )
+    stored_LD.copy_(on_grid.to(stored_LD.dtype))
+
+
+def _arithmetic(p: HeadProblem) -> torch.dtype:
+    """float64 for float64 compute, else float32."""
+    return torch.float64 if p.compute_dtype == torch.float64 else torch.float32
+
+
+def _features(p: HeadProblem) -> Tensor:
+    """x rounded to the compute dtype, held in the arithmetic dtype."""
+    return p.x_ND.to(p.compute_dtype).to(_arithmetic(p))
+
+
+def _weight(p: HeadProblem) -> Tensor:
+    """w rounded to the compute dtype, held in the arithmetic dtype."""
+    return p.w_LD.to(p.compute_dtype).to(_arithmetic(p))
+
+
+def _logits(p: HeadProblem) -> Tensor:
+    z_NL = _features(p) @ _weight(p).t()
+    return z_NL if p.b_L is None else z_NL + p.b_L.to(z_NL.dtype)
+
+
+def _targets(p: HeadProblem) -> Tensor:
+    """Targets as a dense matrix; a row cross entropy ignores is all zero."""
+    work, (num_rows, num_outputs) = _arithmetic(p), (p.x_ND.shape[0], p.w_LD.shape[0])
+    if isinstance(p.target, Positives):
+        rows_M, cols_M, values_M = p.target
+        y = torch.zeros(num_rows, num_outputs + 1, dtype=work, device=rows_M.device)
+        values_M = torch.ones_like(cols_M) if values_M is None else values_M
+        return y.index_put_((rows_M, cols_M), values_M.to(work))[:, :num_outputs]
+    if p.loss.targets == "dense":
+        return p.target.to(work)
+    y = torch.zeros(num_rows, num_outputs, dtype=work, device=p.target.device)
+    counted_N = p.target != p.loss.ignore_index
+    rows_N = torch.arange(num_rows, device=p.target.device)[counted_N]
+    return y.index_put_((rows_N, p.target[counted_N]), torch.ones((), dtype=work, device=y.device))
+
+
+def _logit_gradient(p: HeadProblem, stats_N: Tensor) -> Tensor:
+    """`g_nl = dloss_n/dz_nl`: `sigmoid(z) - y`, or `(sum_l y) p - y` with `p = e^(z - lse)`."""
+    z_NL, y_NL = _logits(p), _targets(p)
+    if p.loss.name == CE:
+        lse_N1 = stats_N.to(z_NL.dtype)[:, None]
+        rest_NL = (y_NL.sum(1, keepdim=True) - y_NL) * torch.exp(z_NL - lse_N1)
+        return rest_NL + y_NL * losses.ce_target_gradient(z_NL, lse_N1)
+    return losses.bce_gradient(z_NL, y_NL)

@@ -1,0 +1,121 @@
+"""Element-wise pieces as vector code: compiled by Inductor at first use, eager for small problems.
+
+A piece is a plain function of tensors, numbers and None; the same source runs eagerly and
+compiled. Each distinct use (which arguments are None, which dtypes, which flags) is compiled once,
+with every size symbolic, so that neither N, L, D, a ragged last chunk, a learning rate nor a step
+compiles again. Tried on torch 2.13.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SMALL = 1 << 20
+"""Below this many logits a problem runs eagerly: compiling takes seconds, once."""
+
+_lock = threading.RLock()
+_cache: dict[Any, Callable[..., Any]] = {}
+_failure: str | None = None
+
+
+def piece(fn: Callable[..., Any], use_compiled: bool, **flags: Any) -> Callable[..., Any]:
+    """`fn` with its flags bound, compiled if asked for.
+
+    Args:
+        fn: function of tensors, floats and None; its keyword-only flags are Python constants.
+        use_compiled: whether the problem is large enough to be worth a compiler.
+        flags: hashable constants, part of what is compiled.
+
+    Returns:
+        A function of the positional arguments of `fn`.
+    """
+    eager = functools.partial(fn, **flags)
+    if not use_compiled:
+        return eager
+
+    def call(*args: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        # A size of 0 or 1 would be compiled as a constant.
+        if any(size < 2 for t in tensors for size in t.shape):
+            return eager(*args)
+        key = (fn, tuple(sorted(flags.items())), tuple(_kind(a) for a in args))
+        run = _cache.get(key) or _compile(key, fn, flags, args)
+        return run(*args)
+
+    return call
+
+
+def _kind(value: Any) -> Any:
+    """What a compiled piece depends on in one argument: not its sizes, not a number's value."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.dim(), value.is_contiguous()
+    return type(value)
+
+
+def _compile(
+    key: Any, fn: Callable[..., Any], flags: dict[str, Any], args: tuple[Any, ...]
+) -> Callable[..., Any]:
+    """Compile a piece on copies of its first arguments; eager, with one warning, if that fails."""
+    global _failure
+    with _lock:
+        if key in _cache:
+            return _cache[key]
+        eager = functools.partial(fn, **flags)
+        if _failure is None:
+            try:
+                run = torch.compile(_own_code(fn, flags), dynamic=True, fullgraph=True)
+                run(*_copies(args))
+                _cache[key] = run
+                return run
+            except Exception as error:  # whatever a compiler or its absence raises
+                _failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                warnings.warn(
+                    "elmo_compile: Inductor could not compile a CPU kernel, so heads run with "
+                    f"eager operations from now on (right, but slower). The cause: {_failure}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        _cache[key] = eager
+        return eager
+
+
+def _own_code(fn: Callable[..., Any], flags: dict[str, Any]) -> Callable[..., Any]:
+    """A copy of a function with a code object of its own and its flags bound as defaults.
+
+    Dynamo counts recompilations by code object: variants of one piece would use up one limit.
+    """
+    assert isinstance(fn, types.FunctionType)
+    copy = types.FunctionType(
+        fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__
+    )
+    copy.__kwdefaults__ = {**(fn.__kwdefaults__ or {}), **flags}
+    return copy
+
+
+def _copies(args: tuple[Any, ...]) -> list[Any]:
+    """Arguments to compile with: nothing of the caller is written, and no two sizes that are equal
+    by chance are taken to be equal by meaning."""
+    copies = []
+    for a in args:
+        if isinstance(a, Tensor):
+            a = a.detach().clone()
+            for dim in range(a.dim()):
+                torch._dynamo.mark_dynamic(a, dim)
+        copies.append(a)
+    return copies
+
+
+def reset() -> None:
+    """Forget compiled pieces and a failed compiler (for tests)."""
+    global _failure
+    with _lock:
+        _cache.clear()
+        _failure = None

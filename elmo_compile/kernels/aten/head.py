@@ -1,0 +1,142 @@
+"""The head step on a CPU: bare matrix products, chunk by chunk, with vector code between them.
+
+For each chunk of C outputs, in the compute dtype with float32 accumulation inside a product:
+
+    z = w_c x^T              the operand w_c is the stored chunk, or its decoded copy
+    g = dloss/dz             in place of z
+    dx += g^T w_c            a chunk's product may be bf16; the sum over chunks is float32
+    w_c <- round(sgd(w_c, g (scale x)))
+
+Logits are [C, N]: of the layouts tried this one has the fastest products (benchmarks/NOTES.md).
+The scale of a row of g is folded into the row of x, relative to the largest, whose size is applied
+in float32 where the update is formed; a uniform scale is thereby exact.
+Shapes: N rows, D features, L outputs, C outputs of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from elmo_compile.kernels.aten import pieces
+from elmo_compile.kernels.aten.chunk_loss import ChunkLoss
+from elmo_compile.kernels.aten.compiled import SMALL, piece
+from elmo_compile.kernels.aten.stored import StoredWeight
+from elmo_compile.kernels.problem import HeadProblem
+from elmo_compile.numerics.update import Update
+
+_NARROW_GRADIENTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Head:
+    """Operands, buffers and loss of one call."""
+
+    def __init__(self, p: HeadProblem, update: Update | None = None) -> None:
+        self.p = p
+        self.num_rows, self.num_outputs = p.x_ND.shape[0], p.w_LD.shape[0]
+        fast = self.num_rows * self.num_outputs >= SMALL
+        # float16 products are two orders of magnitude slower than float32 ones on a CPU.
+        operand = torch.float32 if p.compute_dtype == torch.float16 else p.compute_dtype
+        self.work = torch.float64 if operand == torch.float64 else torch.float32
+        lanes = operand == torch.bfloat16 and p.loss.targets != "dense"
+        rows = self.num_rows + (self.num_rows % 2 if lanes else 0)
+        self.chunk = min(p.chunk, self.num_outputs)
+        self.weight = StoredWeight(p.w_LD, operand, self.chunk, update, fast)
+        self.loss = ChunkLoss(p, rows, lanes, self.work, fast)
+        self.x_ND = torch.zeros(rows, p.x_ND.shape[1], dtype=operand)
+        self.x_ND[: self.num_rows] = self.weight.features(p.x_ND.detach())
+        self.fast, self.operand, self.update = fast, operand, update
+        self._logits = torch.empty(self.chunk, rows, dtype=operand)
+
+    def chunks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """(start, stop, weight operand [C, D], logits [C, N] without bias) of each chunk."""
+        for start in range(0, self.num_outputs, self.chunk):
+            stop = min(start + self.chunk, self.num_outputs)
+            w_CD = self.weight.load(start, stop)
+            z_CN = torch.mm(w_CD, self.x_ND.t(), out=self._logits[: stop - start])
+            yield start, stop, w_CD, z_CN
+
+    def scaled_features(self, scale_N: Tensor) -> tuple[Tensor, float]:
+        """`(x scale / s, s)` with `s = max |scale|` (1 where all are 0)."""
+        scale_N = scale_N.detach().to(self.work)
+        largest = float(scale_N.abs().max()) if self.num_rows else 0.0
+        largest = largest or 1.0
+        relative_N = torch.zeros(self.x_ND.shape[0], dtype=self.work)
+        relative_N[: self.num_rows] = scale_N / largest
+        scaled_ND = (self.x_ND.to(self.work) * relative_N[:, None]).to(self.operand)
+        return scaled_ND, largest
+
+    def row_statistics(self, stats_N: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """The rows' log-sum-exp as the gradient wants it; infinite (p = 0) where ignored."""
+        if not self.loss.is_ce:
+            return None
+        lse_N = stats_N.detach().to(self.work)
+        if self.p.loss.targets == "classes":
+            assert isinstance(self.p.target, Tensor)
+            lse_N = torch.where(self.p.target == self.p.loss.ignore_index, torch.inf, lse_N)
+        return self.loss.split(lse_N, torch.inf)
+
+
+class FeatureGradient:
+    """dx: products of each chunk, summed over chunks in float32."""
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+        rows, features = head.x_ND.shape
+        self._sum = torch.zeros(rows, features, dtype=head.work)
+        self._narrow = head.operand != head.work
+        self._part = torch.empty(rows, features, dtype=head.operand) if self._narrow else None
+
+    def add(self, g_CN: Tensor, w_CD: Tensor) -> None:
+        """dx += g^T w_c."""
+        if self._part is None:
+            self._sum.addmm_(g_CN.t(), w_CD)
+        else:
+            self._sum.add_(torch.mm(g_CN.t(), w_CD, out=self._part))
+
+    def result(self, scale_N: Tensor) -> Tensor:
+        """dx [N, D] with the rows' scale."""
+        dx_ND = self._head.weight.restore(self._sum[: self._head.num_rows])
+        return dx_ND.mul_(scale_N.detach().to(dx_ND.dtype)[:, None])
+
+
+class WeightGradient:
+    """dw as a tensor, written a chunk at a time."""
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+        w_LD = head.p.w_LD
+        dtype = w_LD.dtype if w_LD.dtype in _NARROW_GRADIENTS else torch.float32
+        self.dw_LD = torch.empty(w_LD.shape, dtype=dtype)
+        self._direct = dtype == head.operand and head.weight.layout != "quads"
+        self._part: Tensor | None = None
+        if not self._direct:
+            self._part = torch.empty(head.chunk, w_LD.shape[1], dtype=head.operand)
+
+    def put(self, start: int, stop: int, g_CN: Tensor, xs_ND: Tensor, scale: float) -> None:
+        """dw[start:stop] = scale g xs."""
+        out = self.dw_LD[start:stop]
+        if self._part is None:
+            torch.addmm(out, g_CN, xs_ND, beta=0, alpha=scale, out=out)
+            return
+        part = torch.mm(g_CN, xs_ND, out=self._part[: stop - start])
+        out.copy_(self._head.weight.restore(part)).mul_(scale)
+
+
+class BiasGradient:
+    """db, a chunk at a time."""
+
+    def __init__(self, head: Head, scale_N: Tensor) -> None:
+        self._loss, self._fast = head.loss, head.fast
+        self._scale = head.loss.split(scale_N.detach(), 0.0)
+        self.db_L = torch.empty(head.num_outputs, dtype=head.work)
+
+    def put(self, start: int, stop: int, g_CN: Tensor) -> None:
+        """db[start:stop] = sum_n scale_n g."""
+        run = piece(pieces.weighted_sums, self._fast, lanes=self._loss.lanes)
+        parts = run(self._loss.words(g_CN), *self._scale)
+        out = self.db_L[start:stop].copy_(parts[0])
+        if len(parts) == 2:
+            out.add_(parts[1])

@@ -1,0 +1,104 @@
+"""The element-wise parts of a head step, as functions that run eagerly and compiled alike.
+
+Logits are held transposed, z [C, N] for a chunk of C outputs, because the product w_c x^T is the
+fastest of the layouts (benchmarks/NOTES.md). A bf16 chunk comes as `lanes`: int32 [C, N/2], rows n
+and n + 1 of the batch in one word; then whatever has one entry a row comes as a pair of tensors.
+`parts` below are the one or two tensors that stand for z. Arithmetic is float32, float64 for
+float64. Shapes: C outputs of a chunk, N rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from elmo_compile.kernels.aten.lanes import bf16_bits, pack_bf16, unpack_bf16
+from elmo_compile.numerics import losses
+
+
+def bce_gradient_(z: Tensor, bias_C1: Tensor | None, *, lanes: bool) -> None:
+    """z <- sigmoid(z + bias), the gradient of a negative; positives are patched afterwards."""
+    _store(z, [torch.sigmoid(v) for v in _load(z, bias_C1, lanes)], lanes)
+
+
+def bce_dense_gradient_(z: Tensor, bias_C1: Tensor | None, y_CN: Tensor) -> None:
+    """z <- sigmoid(z + bias) - y for dense targets."""
+    (v,) = _load(z, bias_C1, False)
+    z.copy_(losses.bce_gradient(v, y_CN.to(v.dtype)))
+
+
+def ce_gradient_(
+    z: Tensor, bias_C1: Tensor | None, lse: Tensor, lse_odd: Tensor | None, *, lanes: bool
+) -> None:
+    """z <- softmax(z + bias) from the rows' log-sum-exp; targets are patched afterwards."""
+    parts = _load(z, bias_C1, lanes)
+    stats = (lse,) if lse_odd is None else (lse, lse_odd)
+    _store(z, [torch.exp(v - row) for v, row in zip(parts, stats)], lanes)
+
+
+def ce_dense_gradient_(
+    z: Tensor, bias_C1: Tensor | None, lse_N: Tensor, total_N: Tensor, y_CN: Tensor
+) -> None:
+    """z <- total p - y for targets y that sum to `total`: `(total - y) p + y (p - 1)`."""
+    (v,) = _load(z, bias_C1, False)
+    y = y_CN.to(v.dtype)
+    rest = (total_N - y) * torch.exp(v - lse_N)
+    z.copy_(rest + y * losses.ce_target_gradient(v, lse_N))
+
+
+def bce_rows(z: Tensor, bias_C1: Tensor | None, *, lanes: bool) -> tuple[Tensor, ...]:
+    """`sum_c softplus(z)` of each row: the loss as if all were negatives."""
+    return tuple(losses.softplus(v).sum(0) for v in _load(z, bias_C1, lanes))
+
+
+def bce_dense_rows(z: Tensor, bias_C1: Tensor | None, y_CN: Tensor) -> tuple[Tensor, ...]:
+    """`sum_c` of BCE with dense targets, of each row."""
+    (v,) = _load(z, bias_C1, False)
+    return (losses.bce_value(v, y_CN.to(v.dtype)).sum(0),)
+
+
+def dense_dot_rows(z: Tensor, bias_C1: Tensor | None, y_CN: Tensor) -> tuple[Tensor, ...]:
+    """`sum_c y z` of each row."""
+    (v,) = _load(z, bias_C1, False)
+    return ((y_CN.to(v.dtype) * v).sum(0),)
+
+
+def row_maxima(z: Tensor, bias_C1: Tensor | None, *, lanes: bool) -> tuple[Tensor, ...]:
+    """The largest logit of each row."""
+    return tuple(v.amax(0) for v in _load(z, bias_C1, lanes))
+
+
+def row_exp_sums(
+    z: Tensor, bias_C1: Tensor | None, top: Tensor, top_odd: Tensor | None, *, lanes: bool
+) -> tuple[Tensor, ...]:
+    """`sum_c e^(z - top)` of each row."""
+    parts = _load(z, bias_C1, lanes)
+    tops = (top,) if top_odd is None else (top, top_odd)
+    return tuple(torch.exp(v - t).sum(0) for v, t in zip(parts, tops))
+
+
+def weighted_sums(
+    g: Tensor, weight: Tensor, weight_odd: Tensor | None, *, lanes: bool
+) -> tuple[Tensor, ...]:
+    """`sum_n weight_n g_cn` of each output: the bias gradient."""
+    weights = (weight,) if weight_odd is None else (weight, weight_odd)
+    return tuple((v * r).sum(1) for v, r in zip(_load(g, None, lanes), weights))
+
+
+def cast_(out: Tensor, source: Tensor) -> None:
+    """out <- source in another dtype."""
+    out.copy_(source)
+
+
+def _load(z: Tensor, bias_C1: Tensor | None, lanes: bool) -> tuple[Tensor, ...]:
+    """Logits in arithmetic precision, bias added."""
+    if lanes:
+        parts: tuple[Tensor, ...] = unpack_bf16(z)
+    else:
+        parts = (z if z.dtype == torch.float64 else z.to(torch.float32),)
+    return parts if bias_C1 is None else tuple(v + bias_C1 for v in parts)
+
+
+def _store(z: Tensor, values: list[Tensor], lanes: bool) -> None:
+    """Write values into z, rounded to its dtype."""
+    z.copy_(pack_bf16(bf16_bits(values[0]), bf16_bits(values[1])) if lanes else values[0])
