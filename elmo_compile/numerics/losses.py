@@ -16,7 +16,7 @@ from torch import Tensor
 from elmo_compile.errors import OptionError
 
 LossName = Literal["binary_cross_entropy_with_logits", "cross_entropy"]
-TargetForm = Literal["classes", "dense", "padded", "flat", "pairs"]
+TargetForm = Literal["classes", "dense", "padded", "indices", "flat", "pairs"]
 Reduction = Literal["none", "sum", "mean"]
 
 BCE: LossName = "binary_cross_entropy_with_logits"
@@ -31,7 +31,8 @@ class LossSpec:
     """The function's name in `torch.nn.functional`."""
     targets: TargetForm
     """How targets are given. `classes`: int64 [N]. `dense`: [N, L]. `padded`: int64 [N, P], -1 is
-    padding. `flat`: int64 [M] with offsets int64 [N + 1]. `pairs`: rows int64 [M], cols int64 [M]."""
+    padding. `indices`: int64 [N, P] without padding, as `scatter_`. `flat`: int64 [M] with offsets
+    int64 [N + 1]. `pairs`: rows int64 [M], cols int64 [M], negative ones from the end as `index_put_`."""
     duplicates: Literal["once", "count"] = "once"
     """What a label given twice for one row means: 1 (`multi_hot`, scatter) or 2 (`one_hot().sum()`)."""
     reduction: Reduction = "mean"

@@ -1,0 +1,5 @@
+"""Match: what a retraced region means. Rules are named by meaning and listed in `rules.py`."""
+
+from elmo_compile.passes.match.matcher import match_region
+
+__all__ = ["match_region"]

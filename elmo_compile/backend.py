@@ -1,0 +1,139 @@
+"""The "elmo" backend of torch.compile (entry point `torch_dynamo_backends`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from elmo_compile import ops
+from elmo_compile.config import Options
+from elmo_compile.errors import NotRewritten, OptionError
+from elmo_compile.lowering import lower
+from elmo_compile.passes.graphs import copy_module, sites, source_of
+from elmo_compile.passes.pipeline import Analysis, analyze
+from elmo_compile.passes.plan import unmatched_lowp
+from elmo_compile.report.records import Match, Refusal, Section
+from elmo_compile.report.store import record
+from elmo_compile.runtime import CompiledGraph
+
+
+def elmo_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | Options | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph: heads rewritten to chunked ops, the rest handed to Inductor.
+
+    Args:
+        gm: the graph; not modified.
+        example_inputs: its inputs: parameters, tensors, symbolic sizes.
+        mode: Inductor's mode, as `torch.compile(mode=)` passes it.
+        options: an Options or a dict of its fields.
+
+    Raises:
+        OptionError: an option is unknown or out of range.
+        NotRewritten: `strict=True` and a candidate head was left as it was.
+    """
+    chosen = Options.from_mapping(options)
+    if mode is not None:
+        if chosen.mode is not None and chosen.mode != mode:
+            raise OptionError(
+                f"mode={mode!r} and options mode={chosen.mode!r} contradict each other"
+            )
+        chosen = Options.from_mapping({**_fields(chosen), "mode": mode})
+    analysis = _analyze(gm, chosen)
+    if chosen.strict and analysis.refusals:
+        raise NotRewritten(strict_message(analysis.refusals))
+    if not _needs_runtime(analysis):
+        seen = Section(name=_name(), refusals=analysis.refusals, graph_before=gm, graph_after=gm)
+        record(seen)
+        return lower(gm, example_inputs, chosen)
+    compiled = CompiledGraph(analysis, example_inputs, chosen)
+    compiled.compile_first(example_inputs)
+    record(section(_name(), gm, compiled, example_inputs))
+    return compiled
+
+
+def examine(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, name: str
+) -> tuple[Section, bool]:
+    """What the backend would say of a graph, and whether it has heads; compiles nothing."""
+    analysis = _analyze(gm, options)
+    if not _needs_runtime(analysis):
+        return Section(
+            name=name, refusals=analysis.refusals, graph_before=gm, graph_after=gm
+        ), False
+    compiled = CompiledGraph(analysis, inputs, options)
+    return section(name, gm, compiled, inputs), bool(analysis.heads)
+
+
+def _analyze(gm: fx.GraphModule, options: Options) -> Analysis:
+    ops.load()
+    return analyze(copy_module(gm), options)
+
+
+def _needs_runtime(analysis: Analysis) -> bool:
+    """Whether anything is to be replaced: a head, or a converted head's weight by its carrier."""
+    if analysis.heads:
+        return True
+    converted = any(unmatched_lowp(site.module, ()) for site in sites(analysis.module))
+    return converted and torch.is_grad_enabled()
+
+
+def section(
+    name: str, gm: fx.GraphModule, compiled: CompiledGraph, inputs: Sequence[Any]
+) -> Section:
+    """The report of one rewritten graph, as it is first called."""
+    matches, plans = [], []
+    analysis = compiled.analysis
+    for head, why in zip(analysis.heads, compiled.why_not_fused(inputs)):
+        fused = not why
+        plan = head.fused_plan if fused else head.plan
+        notes = head.notes + plan.notes
+        if why:
+            notes += (f"the update is not fused: {why}",)
+        matches.append(
+            Match(
+                loss=head.match.loss.name,
+                num_outputs=head.match.region.num_outputs,
+                num_features=head.match.num_features,
+                fused_update=fused,
+                chunk_size=plan.chunk_size,
+                dtype=head.weight_dtype,
+                compute_dtype=head.compute_dtype,
+                products=plan.products,
+                source=source_of(head.match.region.seed),
+                loss_value="deferred" if fused and head.deferred else "exact",
+                notes=notes,
+            )
+        )
+        plans.append(plan)
+    return Section(
+        name=name,
+        matches=tuple(matches),
+        plans=tuple(plans),
+        refusals=analysis.refusals,
+        graph_before=gm,
+        graph_after=compiled.first.module,
+    )
+
+
+def strict_message(refusals: Sequence[Refusal]) -> str:
+    """Every refusal, a line each."""
+    lines = "\n".join(f"  {refusal}" for refusal in refusals)
+    return f"strict=True and {len(refusals)} candidate head(s) were not rewritten:\n{lines}"
+
+
+def _fields(options: Options) -> dict[str, Any]:
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+
+
+def _name() -> str:
+    context = torch._guards.CompileContext.current_compile_id()
+    return "graph" if context is None else str(context)

@@ -1,0 +1,193 @@
+"""Turning a model's head into a low-precision one, and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from elmo_compile.errors import ElmoError, OptionError
+from elmo_compile.heads.low_precision import STORAGE_DTYPES, LowPrecisionLinear
+from elmo_compile.numerics.philox import CONVERSION
+from elmo_compile.numerics.rounding import round_nearest, stochastic_round
+from elmo_compile.numerics.update import Rounding
+from elmo_compile.ops.owners import owner_of
+
+M = TypeVar("M", bound=nn.Module)
+_BLOCK = 1 << 22
+_log = logging.getLogger("elmo_compile")
+_EXCLUDED = "_elmo_excluded"
+
+
+def convert_head(
+    model: M,
+    dtype: torch.dtype,
+    *,
+    name: str | None = None,
+    init: Literal["keep", "zeros"] = "keep",
+    rounding: Rounding = "stochastic",
+    seed: int = 0,
+) -> M:
+    """Store a model's head in bf16 or fp8: no float32 copy of its weight remains.
+
+    `w <- round(w)`. The bias stays (or becomes) float32. Call it before the optimizer is made, since
+    the head gets a new Parameter. The share of weights that was rounded to zero is logged
+    (logger "elmo_compile") and kept as `head.rounded_to_zero`.
+
+    Args:
+        model: changed in place; its head is the nn.Linear with the most outputs.
+        dtype: torch.bfloat16 or torch.float8_e4m3fn.
+        name: the head's qualified name, where the largest nn.Linear is not meant.
+        init: "keep" rounds the present weights; "zeros" starts from zero.
+        rounding: "stochastic" or "nearest", of the conversion.
+        seed: of the conversion's rounding.
+
+    Returns:
+        `model`; if `model` itself is the head, the new head.
+
+    Raises:
+        OptionError: unknown dtype, rounding, init or name.
+        ElmoError: no head was found; it is tied, parametrised, or owned by an optimizer already.
+    """
+    if dtype not in STORAGE_DTYPES:
+        accepted = ", ".join(map(str, STORAGE_DTYPES))
+        raise OptionError(f"convert_head: dtype={dtype}; accepted: {accepted}")
+    if rounding not in ("stochastic", "nearest"):
+        raise OptionError(f"convert_head: rounding={rounding!r}; accepted: 'stochastic', 'nearest'")
+    if init not in ("keep", "zeros"):
+        raise OptionError(f"convert_head: init={init!r}; accepted: 'keep', 'zeros'")
+    path, head = find_head(model, name)
+    _check_convertible(model, path, head)
+    new = LowPrecisionLinear.of(head, dtype)
+    with torch.no_grad():
+        lost = _fill(new.weight, None if init == "zeros" else head.weight, rounding, seed)
+        if head.bias is not None:
+            new.bias.copy_(head.bias)
+    new.rounded_to_zero = lost
+    if lost > 0:
+        _log.warning(
+            "convert_head: %.1f %% of the weights of %s were not zero and became zero in %s",
+            100 * lost, path or "the head", dtype,
+        )  # fmt: skip
+    return _replace(model, path, new)
+
+
+def dequantize_head(model: M, dtype: torch.dtype = torch.float32, *, name: str | None = None) -> M:
+    """Turn converted heads back into plain nn.Linear (exact for float32 and wider).
+
+    Args:
+        model: changed in place.
+        dtype: of the new weight and bias.
+        name: qualified name of one head; None: every converted head.
+
+    Returns:
+        `model`; if `model` itself is the head, the new nn.Linear.
+
+    Raises:
+        ElmoError: there is no converted head (of that name).
+    """
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, LowPrecisionLinear) and name in (None, path)
+    ]
+    if not found:
+        where = "" if name is None else f" named {name!r}"
+        raise ElmoError(f"dequantize_head: the model has no converted head{where}")
+    for path, head in found:
+        has_bias = head.bias is not None
+        with torch.device("meta"):
+            new = nn.Linear(head.in_features, head.out_features, bias=has_bias, dtype=dtype)
+        new.weight = nn.Parameter(head.weight.detach().to(dtype), head.weight.requires_grad)
+        if has_bias:
+            new.bias = nn.Parameter(head.bias.detach().to(dtype), head.bias.requires_grad)
+        new.train(head.training)
+        model = _replace(model, path, new)
+    return model
+
+
+def exclude(module: nn.Module) -> nn.Module:
+    """Keep the backend from rewriting this nn.Linear (and any inside it); returns it."""
+    for inner in module.modules():
+        setattr(inner, _EXCLUDED, True)
+    return module
+
+
+def find_head(model: nn.Module, name: str | None) -> tuple[str, nn.Linear]:
+    """The nn.Linear called `name`, or the one with the most outputs. Raises ElmoError."""
+    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if name is not None:
+        if name not in linears:
+            raise OptionError(
+                f"convert_head: no nn.Linear is called {name!r}; there are: {sorted(linears) or 'none'}"
+            )
+        return name, linears[name]
+    if not linears:
+        raise ElmoError("convert_head: the model has no nn.Linear; name= another kind of head")
+    path = max(linears, key=lambda p: linears[p].out_features)
+    rivals = [p for p in linears if linears[p].out_features == linears[path].out_features]
+    if len(rivals) > 1:
+        raise ElmoError(f"convert_head: {rivals} have equally many outputs; say which with name=")
+    return path, linears[path]
+
+
+def _check_convertible(model: nn.Module, path: str, head: nn.Linear) -> None:
+    where = path or "the head"
+    if isinstance(head, LowPrecisionLinear):
+        raise ElmoError(f"convert_head: {where} is converted already, to {head.storage_dtype}")
+    if parametrize.is_parametrized(head) or type(head) is not nn.Linear:
+        raise ElmoError(
+            f"convert_head: {where} is a {type(head).__name__}; only a plain nn.Linear without "
+            "parametrisations can be converted"
+        )
+    readers = [n for n, p in model.named_parameters(remove_duplicate=False) if p is head.weight]
+    if len(readers) > 1:
+        raise ElmoError(
+            f"convert_head: the weight of {where} is tied ({readers}); a low-precision head must own "
+            "its weight. Untie it first, e.g. head.weight = nn.Parameter(head.weight.detach().clone())"
+        )
+    if head._forward_hooks or head._forward_pre_hooks or head.weight._backward_hooks:
+        raise ElmoError(f"convert_head: {where} has hooks, which would be lost; remove them first")
+    owner = owner_of(head.weight)
+    if owner is not None:
+        raise ElmoError(
+            f"convert_head: an optimizer owns the weight of {where} already; convert before "
+            "constructing the optimizer"
+        )
+
+
+def _fill(weight: Tensor, values: Tensor | None, rounding: Rounding, seed: int) -> float:
+    """Round `values` into `weight`; the share that was not zero and became zero."""
+    if values is None:
+        weight.copy_(torch.zeros((), device=weight.device))
+        return 0.0
+    lost = 0
+    for rows, block in _row_blocks(values):
+        if rounding == "stochastic":
+            rounded = stochastic_round(
+                block, weight.dtype, seed=seed, stream=CONVERSION, offset=rows.start
+            )
+        else:
+            rounded = round_nearest(block, weight.dtype)
+        weight[rows] = rounded
+        lost += int(((block != 0) & (rounded.to(torch.float32) == 0)).sum())
+    return lost / max(1, values.numel())
+
+
+def _row_blocks(values: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    rows = max(1, _BLOCK // max(1, values.shape[1]))
+    for start in range(0, values.shape[0], rows):
+        block = slice(start, min(start + rows, values.shape[0]))
+        yield block, values[block]
+
+
+def _replace(model: M, path: str, new: nn.Module) -> M:
+    if not path:
+        return new  # type: ignore[return-value]
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+    return model

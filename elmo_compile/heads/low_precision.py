@@ -1,0 +1,89 @@
+"""`LowPrecisionLinear`: an nn.Linear whose weight stays in bf16 or fp8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elmo_compile.errors import ElmoError
+from elmo_compile.ops import linear  # registers elmo::lowp_linear
+from elmo_compile.ops.linear import carry
+
+STORAGE_DTYPES = (torch.bfloat16, torch.float8_e4m3fn)
+"""What a head can be stored in."""
+
+
+class LowPrecisionLinear(nn.Linear):
+    """z = x W^T + b with W stored in bf16 or fp8 and b in float32.
+
+    Eagerly it widens the weight to the features' dtype a chunk of outputs at a time, and its weight
+    gets a float32 `.grad`. Compiled with `backend="elmo"` it is rewritten together with its loss.
+    `.to()`, `.half()` and the like move the weight but leave its dtype (and the bias's) as it is.
+
+    Shapes: x [..., D], weight [L, D], bias [L], z [..., L].
+    """
+
+    storage_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, head: nn.Linear, dtype: torch.dtype) -> LowPrecisionLinear:
+        """A head shaped like `head` with uninitialised weights, on its device."""
+        with torch.device("meta"):
+            new = cls(head.in_features, head.out_features, bias=head.bias is not None)
+        new.storage_dtype = dtype
+        device = head.weight.device
+        new.weight = nn.Parameter(
+            torch.empty(head.weight.shape, dtype=dtype, device=device),
+            requires_grad=head.weight.requires_grad,
+        )
+        new.weight.grad_dtype = torch.float32
+        if head.bias is not None:
+            bias = torch.empty(head.bias.shape, dtype=torch.float32, device=device)
+            new.bias = nn.Parameter(bias, requires_grad=head.bias.requires_grad)
+        new.train(head.training)
+        return new
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits [..., L] in the dtype of the features [..., D]."""
+        self._check_storage()
+        if torch.compiler.is_compiling():
+            z: Tensor = torch.ops.elmo.lowp_linear(input, self.weight, self.bias, None)
+            return z
+        carrier = None
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            carrier = carry(self.weight)
+        z = torch.ops.elmo.lowp_linear(input, self.weight.detach(), self.bias, carrier)
+        return z
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> LowPrecisionLinear:
+        """Apply a move or cast, keeping storage dtypes: `fn` sees bf16/fp8 data and is then undone."""
+        super()._apply(self._keeping_dtype(fn), recurse)
+        return self
+
+    def _keeping_dtype(self, fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def apply(tensor: Tensor) -> Tensor:
+            # Only the device and layout of the result matter; fp8 data never takes part in a cast.
+            probe = fn(torch.empty(0, dtype=torch.float32, device=tensor.device))
+            moved = tensor.to(device=probe.device)
+            if probe.is_shared() and not moved.is_shared():
+                moved.share_memory_()
+            return moved
+
+        return apply
+
+    def _check_storage(self) -> None:
+        if self.weight.dtype != self.storage_dtype:
+            raise ElmoError(
+                f"the weight of a head converted to {self.storage_dtype} is {self.weight.dtype}: "
+                "something replaced it (load_state_dict(assign=True)?). Load without assign=True, "
+                "or convert it with elmo_compile.dequantize_head(model)"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, storage_dtype={self.storage_dtype}"
+
+
+__all__ = ["STORAGE_DTYPES", "LowPrecisionLinear", "linear"]

@@ -1,0 +1,64 @@
+"""Hand a rewritten graph to what compiles the rest of it.
+
+Uses private APIs: `torch._inductor.compile_fx`, `torch._inductor.list_mode_options` and
+`torch.compiler.config.cache_key_tag` (tried on torch 2.11 and 2.13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from elmo_compile.config import Options
+
+VERSION = "elmo-compile-1"
+"""Changed whenever an op's autograd formula changes: caches on disk do not see it otherwise."""
+
+
+def inductor_config(options: Options) -> dict[str, Any]:
+    """Inductor's config for these options."""
+    config: dict[str, Any] = {}
+    if options.mode is not None and options.mode != "default":
+        config.update(torch._inductor.list_mode_options(options.mode))
+    config.update(options.inductor or {})
+    return config
+
+
+def lower(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """Compile a graph inside Dynamo's compilation, where its symbolic sizes are known.
+
+    Args:
+        module: the graph.
+        inputs: one example for each of its inputs.
+    """
+    if options.lower == "eager":
+        return module
+    from torch._inductor.compile_fx import compile_fx
+
+    with torch.compiler.config.patch(cache_key_tag=cache_tag(options)):
+        compiled: Callable[..., Any] = compile_fx(
+            module, list(inputs), config_patches=inductor_config(options)
+        )
+    return compiled
+
+
+def lower_later(module: fx.GraphModule, options: Options, dynamic: bool) -> Callable[..., Any]:
+    """Compile a graph at run time, when its first call shows that it is needed."""
+    if options.lower == "eager":
+        return module
+
+    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return lower(graph, inputs, options)
+
+    compiled: Callable[..., Any] = torch.compile(
+        module, backend=backend, fullgraph=True, dynamic=True if dynamic else None
+    )
+    return compiled
+
+
+def cache_tag(options: Options) -> str:
+    """What distinguishes our compiled artefacts in Inductor's and AOTAutograd's caches."""
+    return f"{VERSION}-{options.cache_tag()}"

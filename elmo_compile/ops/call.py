@@ -1,0 +1,86 @@
+"""What the head's ops share: checking inputs, building the kernels' problem, reducing row losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from elmo_compile.errors import InputError
+from elmo_compile.kernels.problem import HeadProblem
+from elmo_compile.numerics.losses import BCE, CE, LossSpec
+
+
+def accumulate_dtype(compute: torch.dtype) -> torch.dtype:
+    """The dtype logits, losses and dx are accumulated in."""
+    return torch.float64 if compute == torch.float64 else torch.float32
+
+
+def make_problem(
+    x_ND: Tensor,
+    w_LD: Tensor,
+    b_L: Tensor | None,
+    target: Tensor,
+    target_aux: Tensor | None,
+    spec: LossSpec,
+    chunk: int,
+    compute: torch.dtype,
+) -> HeadProblem:
+    """Check one call's tensors and express sparse targets as sorted pairs. Raises InputError."""
+    from elmo_compile.kernels.targets import check_targets, positives_of
+
+    N, D = x_ND.shape
+    L = w_LD.shape[0]
+    if w_LD.shape[1] != D:
+        raise InputError(f"features have {D} columns but the head's weight {tuple(w_LD.shape)}")
+    if not x_ND.is_floating_point():
+        raise InputError(f"features must be floating point, got {x_ND.dtype}")
+    if not w_LD.is_contiguous():
+        w_LD = w_LD.contiguous()
+    check_targets(spec, target, target_aux, N, L)
+    sparse = spec.targets not in ("classes", "dense")
+    return HeadProblem(
+        x_ND=x_ND,
+        w_LD=w_LD,
+        b_L=b_L,
+        target=positives_of(spec, target, target_aux, N, L) if sparse else target,
+        loss=spec,
+        chunk=chunk,
+        compute_dtype=compute,
+    )
+
+
+def row_factor(
+    spec: LossSpec, target: Tensor, num_outputs: int, num_rows: int, scale: float, divisor: int
+) -> float | Tensor:
+    """`c` such that loss = sum_n c * row_n (or row_n * c for reduction `none`).
+
+    A tensor only where it depends on data: cross entropy's mean divides by the rows that count.
+    """
+    factor = scale / divisor if divisor else float("nan")
+    if spec.reduction != "mean":
+        return factor
+    if spec.name == CE:
+        return factor / (target != spec.ignore_index).sum(dtype=torch.float32)
+    assert spec.name == BCE
+    return factor / (num_rows * num_outputs) if num_rows else float("nan")
+
+
+def reduce_rows(rows_N: Tensor, spec: LossSpec, factor: float | Tensor) -> Tensor:
+    """The loss from its rows: a scalar, or [N] for reduction `none`."""
+    if spec.reduction == "none":
+        return rows_N * factor
+    return (rows_N.sum(dtype=torch.float64) * factor).to(rows_N.dtype)
+
+
+def row_scale(
+    grad: Tensor, spec: LossSpec, target: Tensor, factor: float | Tensor, num_rows: int
+) -> Tensor:
+    """dloss/drow_n in float32 (float64): upstream gradient times the reduction's factor, [N].
+
+    Rows that cross entropy ignores get exactly zero, whatever the upstream gradient.
+    """
+    wide = grad.to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
+    scale_N = (wide * factor).expand(num_rows)
+    if spec.name == CE:
+        scale_N = torch.where(target == spec.ignore_index, torch.zeros_like(scale_N), scale_N)
+    return scale_N.contiguous()

@@ -1,0 +1,224 @@
+"""`elmo::fused_head_loss`: linear + loss whose backward updates the weight instead of returning dW.
+
+The weight is not an argument: `handle` (int64 [3]: owner key, ticket, serial of the call) names it at run
+time. `anchor` is an empty tensor whose gradient flows to the weight's AccumulateGrad node, so that
+autograd runs the backward op exactly when it would have computed the weight's gradient. `sink` is
+declared mutated by the backward op, which keeps it from being removed, merged or reordered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elmo_compile.errors import FusedUpdateError, InputError
+from elmo_compile.numerics.losses import CE, LossSpec
+from elmo_compile.ops.call import make_problem, reduce_rows, row_factor, row_scale
+from elmo_compile.ops.head_loss import fake_outputs
+from elmo_compile.ops.owners import Owner, new_serial, owner_by_key
+
+
+class Anchor(torch.autograd.Function):
+    """An empty tensor that requires grad if the weight does; passes no gradient to it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return torch.empty(0, device=weight.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+
+def open_call(owner: Owner) -> tuple[Tensor, Tensor, Tensor]:
+    """(anchor, handle, sink) for one forward through a fused head, made outside the graph."""
+    owner.in_use = True
+    owner.accumulate_node = torch.autograd.graph.get_gradient_edge(owner.param).node
+    handle = torch.tensor([owner.key, owner.updates, new_serial()])
+    return Anchor.apply(owner.param), handle, torch.zeros((), dtype=torch.int64)
+
+
+@torch.library.custom_op(
+    "elmo::fused_head_loss",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? bias, Tensor target, Tensor? target_aux, Tensor anchor, "
+    "Tensor handle, Tensor sink, str loss, float scale, SymInt divisor, int chunk, "
+    "ScalarType compute, bool deferred) -> (Tensor loss, Tensor stats)",
+)
+def fused_head_loss(
+    x: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    target_aux: Tensor | None,
+    anchor: Tensor,
+    handle: Tensor,
+    sink: Tensor,
+    loss: str,
+    scale: float,
+    divisor: int,
+    chunk: int,
+    compute: torch.dtype,
+    deferred: bool,
+) -> tuple[Tensor, Tensor]:
+    from elmo_compile import kernels
+
+    spec = LossSpec.decode(loss)
+    weight = owner_by_key(int(handle[0])).param.detach()
+    problem = make_problem(x, weight, bias, target, target_aux, spec, chunk, compute)
+    if deferred and spec.name != CE:
+        value, stats = fake_outputs(x, spec, compute)
+        return value.fill_(float("nan")), stats
+    rows_N, stats_N = kernels.select(x.device).forward(problem)
+    factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
+    return reduce_rows(rows_N, spec, factor), stats_N
+
+
+@fused_head_loss.register_fake
+def _(
+    x: Tensor, bias: Any, target: Any, target_aux: Any, anchor: Any, handle: Any, sink: Any,
+    loss: str, scale: float, divisor: int, chunk: int, compute: torch.dtype, deferred: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return fake_outputs(x, LossSpec.decode(loss), compute)
+
+
+@torch.library.custom_op(
+    "elmo::fused_head_loss_backward",
+    mutates_args=("sink",),
+    schema="(Tensor grad, Tensor x, Tensor? bias, Tensor target, Tensor? target_aux, "
+    "Tensor stats, Tensor handle, Tensor(a!) sink, str loss, float scale, SymInt divisor, "
+    "int chunk, ScalarType compute, bool deferred, bool need_dx, bool need_db) "
+    "-> (Tensor dx, Tensor db)",
+)
+def fused_head_loss_backward(
+    grad: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    target_aux: Tensor | None,
+    stats: Tensor,
+    handle: Tensor,
+    sink: Tensor,
+    loss: str,
+    scale: float,
+    divisor: int,
+    chunk: int,
+    compute: torch.dtype,
+    deferred: bool,
+    need_dx: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor]:
+    from elmo_compile import kernels
+
+    spec = LossSpec.decode(loss)
+    key, ticket, serial = handle.tolist()
+    owner = owner_by_key(key)
+    weight = owner.param.detach()
+    problem = make_problem(x, weight, bias, target, target_aux, spec, chunk, compute)
+    factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
+    scale_N = row_scale(grad, spec, target, factor, x.shape[0])
+    family = kernels.select(x.device)
+    if not _weight_is_wanted(owner):
+        dx, _, db = family.backward(
+            problem, stats, scale_N, need_dx=need_dx, need_dw=False, need_db=need_db
+        )
+        if deferred and spec.name != CE:
+            owner.fill_loss(serial, reduce_rows(family.forward(problem).rows_N, spec, factor))
+    else:
+        owner.check_ticket(ticket)
+        guard = {} if x.device.type == "cpu" else {"guard": _guard(owner, x, scale_N)}
+        if x.device.type == "cpu":
+            _check_finite(owner, x, scale_N)
+        update = owner.next_update()
+        with owner.applying():
+            dx, db, rows_N = family.backward_update(
+                problem,
+                stats,
+                scale_N,
+                update,
+                need_dx=need_dx,
+                need_db=need_db,
+                need_value=deferred and spec.name != CE,
+                **guard,
+            )
+            if rows_N is not None:
+                owner.fill_loss(serial, reduce_rows(rows_N, spec, factor))
+    empty = x.new_empty(0)
+    return (
+        empty if dx is None else dx.to(x.dtype),
+        x.new_empty(0) if db is None or bias is None else db.to(bias.dtype),
+    )
+
+
+@fused_head_loss_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, bias: Tensor | None, target: Any, target_aux: Any, stats: Any,
+    handle: Any, sink: Any, loss: str, scale: float, divisor: int, chunk: int,
+    compute: torch.dtype, deferred: bool, need_dx: bool, need_db: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else x.new_empty(0),
+        torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
+        if need_db and bias is not None
+        else x.new_empty(0),
+    )
+
+
+def _weight_is_wanted(owner: Owner) -> bool:
+    """Whether this backward would have put a gradient into the weight's `.grad`.
+
+    False for `autograd.grad(loss, encoder)` and `backward(inputs=[...])` without the weight. Uses
+    the private query that torch's own multi-grad hooks use (tried on 2.11 to 2.13).
+    """
+    try:
+        return bool(torch._C._will_engine_execute_node(owner.accumulate_node))
+    except RuntimeError as error:
+        raise FusedUpdateError(
+            f"the gradient of the head weight {owner.name} was asked for (torch.autograd.grad), but "
+            "its update is fused and no gradient exists; construct the optimizer with fused=False"
+        ) from error
+
+
+def _check_finite(owner: Owner, x: Tensor, scale_N: Tensor) -> None:
+    for what, tensor in (("features", x), ("upstream gradient", scale_N)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"the {what} of the head {owner.name} hold NaN or infinity; the update was not "
+                "applied, since a NaN stored in the weight would be permanent. Check the loss "
+                "scale, the learning rate and the encoder"
+            )
+
+
+def _guard(owner: Owner, x: Tensor, scale_N: Tensor) -> Tensor:
+    """Device flag, non-zero if the update must not be applied; `opt.step()` reads it."""
+    finite = torch.isfinite(x).all() & torch.isfinite(scale_N).all()
+    guard = (~finite).to(torch.int32)
+    owner.invalid = guard if owner.invalid is None else torch.maximum(owner.invalid, guard)
+    return guard
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, bias, target, target_aux, anchor, handle, sink, *config = inputs
+    ctx.save_for_backward(x, bias, target, target_aux, output[1], handle, sink)
+    ctx.config = config
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, bias, target, target_aux, stats, handle, sink = ctx.saved_tensors
+    need_dx, need_db = ctx.needs_input_grad[:2]
+    dx, db = torch.ops.elmo.fused_head_loss_backward(
+        grad, x, bias, target, target_aux, stats, handle, sink, *ctx.config, need_dx, need_db
+    )
+    return (
+        dx if need_dx else None,
+        db if need_db else None,
+        None,
+        None,
+        grad.new_zeros((0,)) if ctx.needs_input_grad[4] else None,
+        *(None for _ in range(2 + len(ctx.config))),
+    )
+
+
+fused_head_loss.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,161 @@
+"""`elmo::head_loss`: linear + loss as one functional op with a real weight gradient.
+
+loss = factor * sum_n loss_n(x_n W^T + b), computed over chunks of outputs; backward recomputes a
+chunk's logits from the saved features. Nothing of size [N, L] exists unless it was an input.
+Shapes: x [N, D], weight [L, D], bias [L], loss scalar or [N].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elmo_compile.numerics.losses import CE, LossSpec
+from elmo_compile.ops.call import (
+    accumulate_dtype,
+    make_problem,
+    reduce_rows,
+    row_factor,
+    row_scale,
+)
+
+
+@torch.library.custom_op(
+    "elmo::head_loss",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? target_aux, "
+    "Tensor? carrier, str loss, float scale, SymInt divisor, int chunk, ScalarType compute) "
+    "-> (Tensor loss, Tensor stats)",
+)
+def head_loss(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    target_aux: Tensor | None,
+    carrier: Tensor | None,
+    loss: str,
+    scale: float,
+    divisor: int,
+    chunk: int,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    from elmo_compile import kernels
+
+    spec = LossSpec.decode(loss)
+    problem = make_problem(x, weight, bias, target, target_aux, spec, chunk, compute)
+    rows_N, stats_N = kernels.select(x.device).forward(problem)
+    factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
+    return reduce_rows(rows_N, spec, factor), stats_N
+
+
+@head_loss.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Any, target: Any, target_aux: Any, carrier: Any, loss: str,
+    scale: float, divisor: int, chunk: int, compute: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return fake_outputs(x, LossSpec.decode(loss), compute)
+
+
+def fake_outputs(x: Tensor, spec: LossSpec, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of (loss, stats) for features `x`."""
+    dtype = accumulate_dtype(compute)
+    loss = x.new_empty((x.shape[0],) if spec.reduction == "none" else (), dtype=dtype)
+    stats = x.new_empty((x.shape[0],) if spec.name == CE else (0,), dtype=dtype)
+    return loss, stats
+
+
+@torch.library.custom_op(
+    "elmo::head_loss_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor target, "
+    "Tensor? target_aux, Tensor stats, str loss, float scale, SymInt divisor, int chunk, "
+    "ScalarType compute, bool need_dx, bool need_dw, bool need_db) "
+    "-> (Tensor dx, Tensor dw, Tensor db)",
+)
+def head_loss_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    target_aux: Tensor | None,
+    stats: Tensor,
+    loss: str,
+    scale: float,
+    divisor: int,
+    chunk: int,
+    compute: torch.dtype,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from elmo_compile import kernels
+
+    spec = LossSpec.decode(loss)
+    problem = make_problem(x, weight, bias, target, target_aux, spec, chunk, compute)
+    factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
+    scale_N = row_scale(grad, spec, target, factor, x.shape[0])
+    dx, dw, db = kernels.select(x.device).backward(
+        problem, stats, scale_N, need_dx=need_dx, need_dw=need_dw, need_db=need_db
+    )
+    empty = x.new_empty(0)
+    return (
+        empty if dx is None else dx.to(x.dtype),
+        empty if dw is None else dw.to(gradient_dtype(weight)),
+        empty if db is None or bias is None else db.to(bias.dtype),
+    )
+
+
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """The weight's dtype, or float32 where that cannot hold a gradient (one byte)."""
+    return weight.dtype if weight.element_size() > 1 else torch.float32
+
+
+@head_loss_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Any, target_aux: Any,
+    stats: Any, loss: str, scale: float, divisor: int, chunk: int, compute: torch.dtype,
+    need_dx: bool, need_dw: bool, need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    empty = x.new_empty(0)
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else empty,
+        torch.empty(weight.shape, dtype=gradient_dtype(weight), device=x.device)
+        if need_dw
+        else x.new_empty(0),
+        torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
+        if need_db and bias is not None
+        else x.new_empty(0),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, target, target_aux, carrier, *config = inputs
+    ctx.save_for_backward(x, weight, bias, target, target_aux, output[1])
+    ctx.config = config
+    ctx.has_carrier = carrier is not None
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, bias, target, target_aux, stats = ctx.saved_tensors
+    need_dx, need_w, need_db, _, _, need_carrier = ctx.needs_input_grad[:6]
+    need_dw = need_carrier if ctx.has_carrier else need_w
+    dx, dw, db = torch.ops.elmo.head_loss_backward(
+        grad, x, weight, bias, target, target_aux, stats, *ctx.config, need_dx, need_dw, need_db
+    )
+    return (
+        dx if need_dx else None,
+        dw if need_dw and not ctx.has_carrier else None,
+        db if need_db else None,
+        None,
+        None,
+        dw.to(torch.float32) if need_dw and ctx.has_carrier else None,
+        *(None for _ in ctx.config),
+    )
+
+
+head_loss.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,77 @@
+"""`elmo::multi_hot`: label indices to 0/1 targets, which the pass replaces by the indices.
+
+A custom op with a fake, so that its checks do not break a full graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elmo_compile.errors import InputError
+from elmo_compile.numerics.losses import BCE, LossSpec
+
+
+@torch.library.custom_op(
+    "elmo::multi_hot",
+    mutates_args=(),
+    schema="(Tensor indices, int num_classes, Tensor? offsets) -> Tensor",
+)
+def _multi_hot(indices: Tensor, num_classes: int, offsets: Tensor | None) -> Tensor:
+    from elmo_compile.kernels.targets import check_targets, positives_of
+
+    spec = LossSpec(name=BCE, targets="padded" if offsets is None else "flat")
+    num_rows = indices.shape[0] if offsets is None else offsets.shape[0] - 1
+    check_targets(spec, indices, offsets, num_rows, num_classes)
+    rows_M, cols_M, _ = positives_of(spec, indices, offsets, num_rows, num_classes)
+    # Padding and repeats carry the column `num_classes`: a scratch column that is cut off.
+    y = torch.zeros(num_rows, num_classes + 1, device=indices.device)
+    y[rows_M, cols_M] = 1.0
+    return y[:, :num_classes].contiguous()
+
+
+@_multi_hot.register_fake
+def _(indices: Tensor, num_classes: int, offsets: Any) -> Tensor:
+    num_rows = indices.shape[0] if offsets is None else offsets.shape[0] - 1
+    return torch.empty(num_rows, num_classes, device=indices.device)
+
+
+def multi_hot(indices: Tensor, num_classes: int, *, offsets: Tensor | None = None) -> Tensor:
+    """Targets of a multi-label loss: 1 where a label is given, else 0.
+
+    `y[n, l] = 1 if l in indices[n] else 0`. Inside `torch.compile(backend="elmo")` the dense matrix
+    is not built where a head's loss consumes it.
+
+    Args:
+        indices: int64 [N, P], label ids padded with -1; or int64 [M] with `offsets`.
+        num_classes: number of labels L.
+        offsets: int64 [N + 1], row n's labels are `indices[offsets[n]:offsets[n + 1]]`.
+
+    Returns:
+        float32 [N, L]. A label given twice for a row counts once.
+
+    Raises:
+        InputError: wrong dtype or shape, an id below -1 or not below `num_classes` (checked on the
+            CPU; on CUDA the ids are not checked here, because that would wait for the device).
+    """
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"multi_hot: indices must be int64, got {indices.dtype}")
+    if indices.ndim != (2 if offsets is None else 1):
+        raise InputError(
+            "multi_hot: indices must be [N, P] padded with -1, or [M] together with offsets [N + 1]; "
+            f"got shape {tuple(indices.shape)} with offsets={'None' if offsets is None else 'given'}"
+        )
+    if offsets is not None and (
+        offsets.ndim != 1 or offsets.dtype not in (torch.int64, torch.int32)
+    ):
+        raise InputError(
+            f"multi_hot: offsets must be int64 [N + 1], got {offsets.dtype} {tuple(offsets.shape)}"
+        )
+    if isinstance(num_classes, bool) or num_classes < 1:
+        raise InputError(f"multi_hot: num_classes must be a positive int, got {num_classes!r}")
+    y: Tensor = torch.ops.elmo.multi_hot(
+        indices.long(), num_classes, None if offsets is None else offsets.long()
+    )
+    return y

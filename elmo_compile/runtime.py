@@ -1,0 +1,198 @@
+"""What runs at every call of a compiled graph: which heads may be fused now, and with what inputs.
+
+A graph is compiled once for each combination of fused heads that occurs; most programs have one.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elmo_compile.config import Options
+from elmo_compile.lowering import lower, lower_later
+from elmo_compile.ops.fused import open_call
+from elmo_compile.ops.linear import carry
+from elmo_compile.ops.owners import Owner, owner_of
+from elmo_compile.passes.pipeline import Analysis
+from elmo_compile.passes.records import PlannedHead, Rewritten
+from elmo_compile.passes.rewrite import rewrite
+
+
+class CompiledGraph:
+    """The callable a backend returns for one graph with heads in it."""
+
+    def __init__(self, analysis: Analysis, inputs: Sequence[Any], options: Options) -> None:
+        self.analysis = analysis
+        self.options = options
+        self.grad = torch.is_grad_enabled()
+        self.dynamic = any(isinstance(value, torch.SymInt) for value in inputs)
+        self._variants: dict[tuple[bool, ...], tuple[Rewritten, Callable[..., Any]]] = {}
+        self._lock = threading.Lock()
+        self._was_fused: list[Owner | None] = [None] * len(analysis.heads)
+        self._warned = False
+        self._first_fused = tuple(owner is not None for owner in self.owners(inputs))
+        self.first = self._build(self._first_fused)
+
+    def compile_first(self, inputs: Sequence[Any]) -> None:
+        """Compile the variant these inputs call for; others follow when a call needs them."""
+        with_extras = self._arguments(self.first, inputs, {})
+        compiled = lower(self.first.module, with_extras, self.options)
+        self._variants[self._first_fused] = (self.first, compiled)
+
+    def owners(self, inputs: Sequence[Any]) -> list[Owner | None]:
+        """For each head, who updates it in this call's backward; None: it gets a gradient."""
+        return [
+            None if head.unfusable else self._owner(head, inputs)[0] for head in self.analysis.heads
+        ]
+
+    def why_not_fused(self, inputs: Sequence[Any]) -> list[str]:
+        """For each head, why its update is not fused in this call; empty where it is."""
+        return [head.unfusable or self._owner(head, inputs)[1] for head in self.analysis.heads]
+
+    def __call__(self, *inputs: Any) -> Any:
+        owners = self.owners(inputs)
+        fused = tuple(owner is not None for owner in owners)
+        variant, compiled = self._variant(fused)
+        self._notice_lost_owners(owners)
+        calls = {
+            head.weight_input: owner
+            for head, owner in zip(self.analysis.heads, owners)
+            if owner is not None
+        }
+        arguments = self._arguments(variant, inputs, calls)
+        results = compiled(*arguments)
+        self._open_losses(variant, arguments, owners, results)
+        return results
+
+    def _variant(self, fused: tuple[bool, ...]) -> tuple[Rewritten, Callable[..., Any]]:
+        found = self._variants.get(fused)
+        if found is None:
+            with self._lock:
+                found = self._variants.get(fused)
+                if found is None:
+                    built = self._build(fused)
+                    found = (built, lower_later(built.module, self.options, self.dynamic))
+                    self._variants[fused] = found
+        return found
+
+    def _build(self, fused: tuple[bool, ...]) -> Rewritten:
+        return rewrite(self.analysis.module, self.analysis.heads, fused, self.grad)
+
+    def _arguments(
+        self, variant: Rewritten, inputs: Sequence[Any], calls: dict[int | None, Owner]
+    ) -> list[Any]:
+        """The variant's inputs: fused weights left out, carried ones detached, extras behind."""
+        arguments = [
+            value.detach() if position in variant.detached else value
+            for position, value in enumerate(inputs)
+            if position not in variant.dropped
+        ]
+        opened: dict[int, dict[str, Tensor]] = {}
+        for extra in variant.extras:
+            weight = inputs[extra.weight_input]
+            if extra.kind == "carrier":
+                arguments.append(carry(weight))
+                continue
+            if extra.weight_input not in opened:
+                owner = calls.get(extra.weight_input) or owner_of(weight)
+                assert owner is not None
+                parts = open_call(owner)
+                opened[extra.weight_input] = dict(zip(("anchor", "handle", "sink"), parts))
+            arguments.append(opened[extra.weight_input][extra.kind])
+        return arguments
+
+    def _open_losses(
+        self,
+        variant: Rewritten,
+        arguments: list[Any],
+        owners: list[Owner | None],
+        results: Any,
+    ) -> None:
+        """Remember the loss tensors whose value the backward is to fill in."""
+        first_extra = len(arguments) - len(variant.extras)
+        for head, owner in zip(self.analysis.heads, owners):
+            if owner is None or not head.deferred or head.loss_output is None:
+                continue
+            position = next(
+                i
+                for i, extra in enumerate(variant.extras)
+                if extra.kind == "handle" and extra.weight_input == head.weight_input
+            )
+            serial = int(arguments[first_extra + position][2])
+            owner.open_loss(serial, results[head.loss_output])
+
+    def _owner(self, head: PlannedHead, inputs: Sequence[Any]) -> tuple[Owner | None, str]:
+        assert head.weight_input is not None
+        weight = inputs[head.weight_input]
+        owner = owner_of(weight)
+        if owner is None:
+            return None, "no elmo_compile optimizer owns the weight"
+        for reason, applies in _CALL_REASONS:
+            if applies(weight):
+                return None, reason
+        storage = weight.untyped_storage().data_ptr()
+        for position, other in enumerate(inputs):
+            if position == head.weight_input or not isinstance(other, Tensor):
+                continue
+            if storage and _storage(other) == storage:
+                return None, "another input of the graph shares the weight's memory"
+        return owner, ""
+
+    def _notice_lost_owners(self, owners: list[Owner | None]) -> None:
+        """Warn, once, where a head that was fused is now called with a weight nobody owns."""
+        if not (self.grad and torch.is_grad_enabled()):
+            return
+        for position, owner in enumerate(owners):
+            before = self._was_fused[position]
+            if owner is not None:
+                self._was_fused[position] = owner
+            elif before is not None and not before.superseded:
+                before.replaced_by_unowned = True
+                if not self._warned:
+                    self._warned = True
+                    warnings.warn(
+                        f"elmo_compile: the head weight {before.name} was updated inside backward() "
+                        "until now, but this call uses a Parameter that no elmo_compile optimizer "
+                        "owns (load_state_dict(assign=True), a deepcopy, an EMA copy?). It gets an "
+                        "ordinary gradient; construct the optimizer again if it is to be trained",
+                        stacklevel=3,
+                    )
+
+
+def _hooked(weight: Tensor) -> bool:
+    return bool(weight._backward_hooks) or bool(
+        getattr(weight, "_post_accumulate_grad_hooks", None)
+    )
+
+
+def _under_ddp(weight: Tensor) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel._get_active_ddp_module() is not None
+
+
+_CALL_REASONS: tuple[tuple[str, Callable[[Tensor], bool]], ...] = (
+    ("gradients are off", lambda weight: not torch.is_grad_enabled()),
+    ("the weight is frozen", lambda weight: not weight.requires_grad),
+    ("the weight is not contiguous", lambda weight: not weight.is_contiguous()),
+    ("the weight has gradient hooks, which would see no gradient", _hooked),
+    (
+        "DistributedDataParallel must see the gradient (use update_at='step', or fused=False)",
+        _under_ddp,
+    ),
+    ("the weight is an inference tensor", lambda weight: weight.is_inference()),
+)
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0  # Wrapper subclasses and fake tensors have no storage to share.

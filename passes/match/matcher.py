@@ -1,0 +1,175 @@
+"""Walk a retraced region once, giving every huge node a meaning or naming the first without one.
+
+Requires: an ATen region from `retrace`.
+Ensures: a HeadMatch that accounts for every node of the region, or a Refusal naming the first
+blocking node; nothing is modified.
+Numerics: none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.fx as fx
+
+from elmo_compile.passes.graphs import hint, tensor_of
+from elmo_compile.passes.match import linear, losses, targets
+from elmo_compile.passes.match.refuse import NoMatch
+from elmo_compile.passes.match.state import Kind, Logits, Loss
+from elmo_compile.passes.records import AtenRegion, HeadMatch, Region
+from elmo_compile.report.records import Code, Refusal
+
+Rule = Callable[[fx.Node, dict[fx.Node, Kind], int], Kind | None]
+RegionRule = Callable[[fx.Node, dict[fx.Node, Kind], int, AtenRegion], Kind | None]
+
+LINEAR_RULES: tuple[Rule, ...] = (
+    linear.weight_view,
+    linear.linear_head,
+    linear.add_bias,
+    linear.rearranged_rows,
+)
+LOSS_RULES: tuple[RegionRule, ...] = (
+    targets.zeros,
+    targets.multi_hot,
+    targets.scattered,
+    targets.put,
+    targets.one_hot,
+    targets.one_hot_sum,
+    targets.clamped,
+    losses.softmax_cross_entropy,
+    losses.sigmoid_bce,
+    losses.reduced,
+    losses.scaled,
+)
+
+
+def match_region(aten: AtenRegion) -> HeadMatch | Refusal:
+    """What the region computes, or the first node that stands in the way."""
+    region = aten.region
+    try:
+        _check_region(region)
+        return _finish(aten, _walk(aten))
+    except NoMatch as no:
+        return no.refusal(region.seed)
+
+
+def check_escape(region: Region) -> Refusal | None:
+    """A refusal if something outside the region reads its logits (seen before retracing)."""
+    from elmo_compile.passes.find import is_huge
+
+    for node in region.outputs:
+        if is_huge(node, region.num_outputs):
+            reader = next(user for user in node.users if user not in region.nodes)
+            what = "they are returned" if reader.op == "output" else f"`{reader.name}` reads them"
+            return NoMatch(
+                Code.LOGITS_ESCAPE,
+                node if reader.op == "output" else reader,
+                f"the logits are needed outside the loss: {what}",
+                "compute the loss inside the compiled function and return only the loss",
+            ).refusal(region.seed)
+    return None
+
+
+def _check_region(region: Region) -> None:
+    if region.grad_enabled is None:
+        raise NoMatch(
+            Code.UNKNOWN_LOSS, region.seed, "gradients are switched on or off inside this region",
+            "keep the head and its loss in one grad mode",
+        )  # fmt: skip
+    if len(region.outputs) != 1:
+        names = ", ".join(f"`{node.name}`" for node in region.outputs)
+        last = region.outputs[-1] if region.outputs else region.seed
+        raise NoMatch(
+            Code.LOGITS_ESCAPE, last, f"more than the loss is computed from these logits ({names})",
+            "compute other quantities from the logits outside the compiled function",
+        )  # fmt: skip
+
+
+def _walk(aten: AtenRegion) -> Kind:
+    """The kind of the region's output."""
+    L = aten.region.num_outputs
+    kinds: dict[fx.Node, Kind] = {}
+    for node in aten.module.graph.nodes:
+        if node.op == "output":
+            (result,) = node.args[0]
+            if not isinstance(kinds.get(result), Loss):
+                raise _blocked(aten, result)
+            return kinds[result]
+        if node.op != "call_function" or _is_autocast(node):
+            continue
+        kind = _kind(node, kinds, L, aten)
+        if kind is not None:
+            kinds[node] = kind
+        elif any(isinstance(kinds.get(arg), Logits | Loss) for arg in node.all_input_nodes):
+            raise _blocked(aten, node)
+    raise _blocked(aten, None)
+
+
+def _kind(node: fx.Node, kinds: dict[fx.Node, Kind], L: int, aten: AtenRegion) -> Kind | None:
+    for rule in LINEAR_RULES:
+        kind = rule(node, kinds, L)
+        if kind is not None:
+            return kind
+    for region_rule in LOSS_RULES:
+        kind = region_rule(node, kinds, L, aten)
+        if kind is not None:
+            return kind
+    return None
+
+
+def _blocked(aten: AtenRegion, node: fx.Node | None) -> NoMatch:
+    reader = node if node is not None else aten.region.seed
+    return NoMatch(
+        Code.UNKNOWN_LOSS,
+        reader,
+        "this use of the logits is not understood (known: casts, views, row slices, a bias, then "
+        "cross_entropy with class ids or binary_cross_entropy_with_logits)",
+        "use one of those losses, or leave the head to Inductor",
+    )
+
+
+def _is_autocast(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") in ("_enter_autocast", "_exit_autocast")
+
+
+def _finish(aten: AtenRegion, result: Kind) -> HeadMatch:
+    assert isinstance(result, Loss)
+    logits, region = result.logits, aten.region
+    weight, x = tensor_of(logits.weight), tensor_of(logits.x)
+    assert weight is not None
+    assert x is not None
+    if logits.weight.op != "placeholder":
+        raise NoMatch(
+            Code.WEIGHT_COMPUTED, region.seed, "the head's weight is computed next to the head",
+            "use a plain Parameter of shape [num_outputs, num_features]",
+        )  # fmt: skip
+    out = tensor_of(region.outputs[0])
+    if result.extent == "elements" or out is None:
+        raise NoMatch(
+            Code.UNKNOWN_LOSS, region.outputs[0], "the loss keeps one value for every output",
+            "reduce it over the outputs inside the compiled function",
+        )  # fmt: skip
+    compute = logits.compute_dtype
+    if compute not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise NoMatch(
+            Code.UNSUPPORTED_DTYPE, region.seed, f"products in {compute}", "use bfloat16 or float32"
+        )
+    return HeadMatch(
+        aten=aten,
+        loss=result.spec,
+        x=logits.x,
+        row_ops=logits.row_ops,
+        target_ops=result.target_ops,
+        weight=logits.weight,
+        bias=logits.bias,
+        target=result.target,
+        target_aux=result.target_aux,
+        scale=result.scale,
+        divisors=result.divisors,
+        num_features=hint(x.shape[-1]),
+        compute_dtype=compute,
+        logits_upcast=logits.upcast,
+        target_built=result.built,
+        rows=result.rows,
+    )

@@ -1,0 +1,219 @@
+"""Plan: sizes of a match to chunk, memory and traffic, by the planner's arithmetic.
+
+Requires: a HeadMatch.
+Ensures: a PlannedHead, or a Refusal where no chunk fits the budget or the head cannot be computed.
+Numerics: chooses the operand dtype of the products: the program's own, or the storage's if narrower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import sympy
+import torch
+import torch.fx as fx
+
+from elmo_compile.config import Options
+from elmo_compile.numerics.losses import CE
+from elmo_compile.passes.graphs import hint, hints, source_of, tensor_of
+from elmo_compile.passes.records import HeadMatch, PlannedHead, Region
+from elmo_compile.planner import (
+    HeadShape,
+    Plan,
+    PlanRefusal,
+    default_compute_dtype,
+    limits_for,
+    plan,
+)
+from elmo_compile.report.records import Code, Refusal
+
+WEIGHT_DTYPES = (
+    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn,
+)  # fmt: skip
+
+
+def plan_match(match: HeadMatch, options: Options) -> PlannedHead | Refusal:
+    """Everything about one head that does not depend on the call."""
+    weight = tensor_of(match.weight_origin)
+    x = tensor_of(match.x)
+    assert weight is not None
+    assert x is not None
+    refusal = _check(match, weight)
+    if refusal is not None:
+        return refusal
+    device = weight.device.type
+    compute = options.compute or compute_dtype(weight.dtype, match.compute_dtype, device)
+    plans: list[Plan] = []
+    for fused in (False, True):
+        found = plan(_shape(match, weight, x, compute, options, fused), options, _limits(device))
+        if isinstance(found, PlanRefusal):
+            return _refuse(match, Code.BUDGET, found.reason, found.remedy)
+        plans.append(found)
+    carried = match.region.seed.target is torch.ops.elmo.lowp_linear.default
+    placeholder = match.weight_placeholder
+    loss_output = returned_at(match.output) if not match.region.site.path else None
+    deferred, notes = _value(match, options, loss_output)
+    return PlannedHead(
+        match=match,
+        plan=plans[0],
+        fused_plan=plans[1],
+        compute_dtype=compute,
+        weight_dtype=weight.dtype,
+        weight_input=None if placeholder is None else input_position(placeholder),
+        carried=carried,
+        deferred=deferred,
+        loss_output=loss_output,
+        unfusable=why_unfusable(match, weight, compute),
+        notes=notes,
+    )
+
+
+def compute_dtype(stored: torch.dtype, program: torch.dtype, device: str) -> torch.dtype:
+    """Operands as the program has them, or as the storage needs them where that is narrower."""
+    kind: Any = "cuda" if device == "cuda" else "cpu"
+    storage = default_compute_dtype(stored, kind)
+    chosen = storage if storage.itemsize < program.itemsize else program
+    return torch.float32 if chosen == torch.float16 and kind == "cpu" else chosen
+
+
+def why_unfusable(match: HeadMatch, weight: torch.Tensor, compute: torch.dtype) -> str:
+    """The graph's own reason against a fused update, or an empty string."""
+    region = match.region
+    if not region.grad_enabled:
+        return "gradients are off"
+    if match.weight_placeholder is None:
+        return "the weight is computed in the graph"
+    if not weight.requires_grad:
+        return "the weight is frozen"
+    if match.compute_dtype == torch.float16 and weight.dtype != torch.float16:
+        return "float16 autocast: GradScaler must see the gradient first"
+    if not _only_reader(match.weight_origin, region):
+        return "something else in the graph reads the weight (tied or shared)"
+    for node in region.site.graph.nodes:
+        if node.op == "call_function" and node.target is torch.autograd.grad:
+            return "the graph calls torch.autograd.grad"
+    return ""
+
+
+def _only_reader(placeholder: fx.Node, region: Region) -> bool:
+    """Whether the region alone reads the weight, at every level of checkpointing."""
+    inside = set(region.nodes)
+    if any(user not in inside for user in placeholder.users):
+        return False
+    node = placeholder
+    for call in reversed(region.site.path):
+        body = list(node.graph.find_nodes(op="placeholder"))
+        outer = call.args[1 + body.index(node)]
+        if not isinstance(outer, fx.Node) or set(outer.users) != {call}:
+            return False
+        if sum(arg is outer for arg in call.args) != 1:
+            return False
+        node = outer
+    return True
+
+
+def input_position(placeholder: fx.Node) -> int:
+    """Position of a top-level placeholder."""
+    return list(placeholder.graph.find_nodes(op="placeholder")).index(placeholder)
+
+
+def returned_at(node: fx.Node) -> int | None:
+    """Position among the graph's outputs of a node nothing else reads, or None."""
+    (output,) = node.graph.find_nodes(op="output")
+    results = output.args[0]
+    if set(node.users) != {output} or not isinstance(results, tuple | list):
+        return None
+    positions = [i for i, result in enumerate(results) if result is node]
+    return positions[0] if len(positions) == 1 else None
+
+
+def unmatched_lowp(module: fx.GraphModule, taken: Iterable[fx.Node]) -> list[fx.Node]:
+    """Converted heads that stay: nodes of `elmo::lowp_linear` no region has replaced."""
+    skip = set(taken)
+    return [
+        node
+        for node in module.graph.nodes
+        if node.target is torch.ops.elmo.lowp_linear.default and node not in skip
+    ]
+
+
+def _value(
+    match: HeadMatch, options: Options, loss_output: int | None
+) -> tuple[bool, tuple[str, ...]]:
+    if options.loss_value != "deferred" or match.loss.name == CE:
+        return False, ()
+    if loss_output is None:
+        why = "loss_value='deferred' was refused: the loss is not returned as it is"
+        return False, (why,)
+    return True, ()
+
+
+def _shape(
+    match: HeadMatch,
+    weight: torch.Tensor,
+    x: torch.Tensor,
+    compute: torch.dtype,
+    options: Options,
+    fused: bool,
+) -> HeadShape:
+    target = tensor_of(match.target)
+    assert target is not None
+    L, D = hints(weight.shape)
+    rows, numbers = _size(match.rows, "n")
+    positives: Any = 0
+    if match.loss.targets not in ("classes", "dense"):
+        positives, more = _size(target.numel(), "m")
+        numbers |= more
+    dense = match.target_built or (target.dtype if match.loss.targets == "dense" else torch.float32)
+    return HeadShape(
+        rows=rows,
+        features=D,
+        outputs=L,
+        loss=match.loss,
+        weight_dtype=weight.dtype,
+        feature_dtype=x.dtype,
+        compute_dtype=compute,
+        has_bias=match.bias is not None,
+        positives=positives,
+        dense_target_dtype=dense,
+        logits_upcast=match.logits_upcast,
+        features_trainable=match.aten.requires_grad(match.x),
+        weight_trainable=weight.requires_grad and bool(match.region.grad_enabled),
+        fused_update=fused,
+        device="cuda" if weight.device.type == "cuda" else "cpu",
+        loss_value=options.loss_value,
+        hints=numbers,
+    )
+
+
+def _size(size: Any, name: str) -> tuple[Any, dict[Any, int]]:
+    """A size as the planner takes it: an int, or a symbol with the number it was traced with."""
+    if isinstance(size, int):
+        return size, {}
+    symbol = sympy.Symbol(name)
+    return symbol, {symbol: max(1, hint(size))}
+
+
+def _limits(device: str) -> Any:
+    if device == "cuda":
+        return limits_for("cuda", torch.cuda.get_device_properties(0).L2_cache_size)
+    return limits_for("cpu")
+
+
+def _check(match: HeadMatch, weight: torch.Tensor) -> Refusal | None:
+    if weight.dtype not in WEIGHT_DTYPES:
+        return _refuse(
+            match, Code.UNSUPPORTED_DTYPE, f"a weight stored in {weight.dtype}",
+            "store it in float32, bfloat16, float16 or float8_e4m3fn",
+        )  # fmt: skip
+    if weight.device.type not in ("cpu", "cuda"):
+        return _refuse(
+            match, Code.UNSUPPORTED_DEVICE, f"a weight on {weight.device}", "use a CPU or CUDA"
+        )
+    return None
+
+
+def _refuse(match: HeadMatch, code: Code, reason: str, remedy: str) -> Refusal:
+    seed = match.region.seed
+    return Refusal(code=code, node=seed.name, source=source_of(seed), reason=reason, remedy=remedy)

@@ -1,0 +1,159 @@
+"""What the stages hand to each other: frozen records that name nodes and hold no tensors.
+
+Shapes: N rows, D features, L outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+import torch.fx as fx
+
+from elmo_compile.numerics.losses import LossSpec
+from elmo_compile.passes.graphs import Site, tensor_of
+from elmo_compile.planner import Plan
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Region:
+    """Everything between a head's product and the first results that are no longer huge."""
+
+    site: Site
+    seed: fx.Node
+    """The product with the weight: the first huge node."""
+    nodes: tuple[fx.Node, ...]
+    """In graph order."""
+    inputs: tuple[fx.Node, ...]
+    """Read by the region, made outside it."""
+    outputs: tuple[fx.Node, ...]
+    """Made by the region, read outside it."""
+    num_outputs: int
+    autocast: tuple[Any, ...] | None
+    """Arguments of the autocast context the region runs in: (device, dtype, enabled, cache)."""
+    grad_enabled: bool | None
+    """Whether autograd records the region; None where the graph switches it inside."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AtenRegion:
+    """A region retraced to pre-dispatch ATen; its placeholders are `region.inputs`, in order."""
+
+    region: Region
+    module: fx.GraphModule
+
+    def origin(self, placeholder: fx.Node) -> fx.Node:
+        """The Dynamo node that a placeholder of the retraced graph stands for."""
+        position = list(self.module.graph.find_nodes(op="placeholder")).index(placeholder)
+        return self.region.inputs[position]
+
+    def requires_grad(self, node: fx.Node) -> bool:
+        """Whether a gradient may be asked of a node (the retraced values themselves do not say)."""
+        if node.op == "placeholder":
+            tensor = tensor_of(self.origin(node))
+            return tensor is not None and tensor.requires_grad
+        return any(self.requires_grad(arg) for arg in node.all_input_nodes)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowOp:
+    """An ATen op on the rows of the logits, which commutes with the product: applied to x instead."""
+
+    op: Any
+    args: tuple[Any, ...]
+    """Arguments after the first; nodes belong to the retraced graph."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeadMatch:
+    """A region understood: a linear head and its loss. Nodes belong to the retraced graph."""
+
+    aten: AtenRegion
+    loss: LossSpec
+    x: fx.Node
+    row_ops: tuple[RowOp, ...]
+    """Applied to x in order; afterwards x is reshaped to [N, D]."""
+    target_ops: tuple[RowOp, ...]
+    """Applied to the target in order."""
+    weight: fx.Node
+    """A placeholder of the retraced graph, [L, D]."""
+    bias: fx.Node | None
+    target: fx.Node
+    target_aux: fx.Node | None
+    scale: float
+    divisors: tuple[Any, ...]
+    """What the loss is divided by: ints, symbolic nodes, or "rows" for N."""
+    num_features: int
+    compute_dtype: torch.dtype
+    """What the program's own product computes in."""
+    logits_upcast: bool
+    target_built: torch.dtype | None
+    """Dtype of the multi-hot matrix that the program builds and the rewrite does not; else None."""
+    rows: Any
+    """N: int or SymInt, as the trace knows it."""
+
+    @property
+    def region(self) -> Region:
+        return self.aten.region
+
+    @property
+    def output(self) -> fx.Node:
+        """The Dynamo node the loss replaces."""
+        return self.region.outputs[0]
+
+    @property
+    def weight_origin(self) -> fx.Node:
+        """The Dynamo node of the weight, in the region's own graph."""
+        return self.aten.origin(self.weight)
+
+    @property
+    def weight_placeholder(self) -> fx.Node | None:
+        """The top-level placeholder of the weight, or None if the weight is computed."""
+        origin = self.weight_origin
+        return self.region.site.outer(origin) if origin.op == "placeholder" else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlannedHead:
+    """A match with everything the rewrite needs decided, but for whether its update is fused."""
+
+    match: HeadMatch
+    plan: Plan
+    fused_plan: Plan
+    """The same head with its update fused."""
+    compute_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    weight_input: int | None
+    """Position of the weight among the graph's inputs; None if the weight is computed."""
+    carried: bool
+    """A converted head: unfused, its gradient leaves through a float32 carrier."""
+    deferred: bool
+    """A fused update leaves the loss value to the backward."""
+    loss_output: int | None
+    """Position of the loss among the graph's outputs; None if it is not returned as it is."""
+    unfusable: str
+    """Why this head's update may never be fused in this graph; empty if it may."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtraInput:
+    """An input the rewrite adds to the graph."""
+
+    kind: Literal["carrier", "anchor", "handle", "sink"]
+    weight_input: int
+    """Position of the weight it stands for among the original inputs."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rewritten:
+    """One variant of a graph: which heads are fused, and how to call it."""
+
+    module: fx.GraphModule
+    dropped: frozenset[int]
+    """Original inputs the variant no longer takes (fused weights)."""
+    detached: frozenset[int]
+    """Original inputs to be passed detached (carried weights)."""
+    extras: tuple[ExtraInput, ...]
+    """Appended after the original inputs, in order."""

@@ -1,0 +1,193 @@
+"""Replace each planned head by one op.
+
+Requires: planned heads of one graph, and which of them are fused.
+Ensures: a new module; every node of a replaced region is gone, all others are copies in order; a
+fused head's weight is no longer an input; the given graph is not touched.
+Numerics: none of its own; the ops' numerics are stated where they are defined.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from elmo_compile.passes.graphs import copy_module, sites, tensor_of
+from elmo_compile.passes.plan import unmatched_lowp
+from elmo_compile.passes.records import ExtraInput, PlannedHead, Rewritten, RowOp
+from elmo_compile.passes.rewrite.inputs import Inputs, remove_input
+
+aten = torch.ops.aten
+
+
+def rewrite(
+    module: fx.GraphModule, heads: Sequence[PlannedHead], fused: Sequence[bool], grad: bool
+) -> Rewritten:
+    """The graph with its heads replaced.
+
+    Args:
+        module: the graph the heads were found in.
+        heads: what to replace.
+        fused: for each head, whether its backward updates the weight.
+        grad: whether autograd records; if not, converted weights need no carrier.
+    """
+    mapping: dict[fx.Node, fx.Node] = {}
+    new = copy_module(module, mapping)
+    inputs = Inputs(new)
+    dropped: set[int] = set()
+    detached: set[int] = set()
+    for head, is_fused in zip(heads, fused):
+        _replace(head, is_fused, grad, mapping, inputs)
+        if head.weight_input is not None:
+            if is_fused:
+                dropped.add(head.weight_input)
+            elif head.carried and grad:
+                detached.add(head.weight_input)
+    if grad:
+        detached |= _carry_unmatched(module, heads, mapping, inputs)
+    for site in sites(new):
+        site.graph.lint()
+        site.module.recompile()
+    extras = tuple(ExtraInput(kind, position) for kind, position in inputs.added)  # type: ignore[arg-type]
+    return Rewritten(new, frozenset(dropped), frozenset(detached), extras)
+
+
+def _replace(
+    head: PlannedHead, fused: bool, grad: bool, mapping: dict[fx.Node, fx.Node], inputs: Inputs
+) -> None:
+    match, region = head.match, head.match.region
+    path = tuple(mapping[call] for call in region.site.path)
+    output = mapping[region.outputs[0]]
+    emit = _Emitter(head, mapping, output)
+    with output.graph.inserting_before(output):
+        x = emit.row_ops(emit.node(match.x), match.row_ops)
+        flat = emit.call(aten.reshape.default, x, [-1, match.num_features])
+        bias = None if match.bias is None else emit.node(match.bias)
+        target, aux = emit.targets()
+        spec = match.loss.encode()
+        divisor = emit.divisor(flat)
+        plan = head.fused_plan if fused else head.plan
+        config = (spec, match.scale, divisor, plan.chunk_size, head.compute_dtype)
+        if fused:
+            assert head.weight_input is not None
+            kinds = ("anchor", "handle", "sink")
+            extra = [inputs.extra(kind, head.weight_input, path) for kind in kinds]
+            op = torch.ops.elmo.fused_head_loss.default
+            pair = emit.call(op, flat, bias, target, aux, *extra, *config, head.deferred)
+        else:
+            weight = emit.node(match.weight)
+            carrier = None
+            if head.carried and grad and head.weight_input is not None:
+                carrier = inputs.extra("carrier", head.weight_input, path)
+            op = torch.ops.elmo.head_loss.default
+            pair = emit.call(op, flat, weight, bias, target, aux, carrier, *config)
+        loss = emit.finish(emit.call(operator.getitem, pair, 0), x)
+    weight_node = mapping[match.weight_origin]
+    output.replace_all_uses_with(loss)
+    for node in reversed(region.nodes):
+        mapping[node].graph.erase_node(mapping[node])
+    if fused:
+        remove_input(weight_node, path)
+
+
+class _Emitter:
+    """Writes nodes into the copied graph, in front of the region's output."""
+
+    def __init__(self, head: PlannedHead, mapping: dict[fx.Node, fx.Node], output: fx.Node) -> None:
+        self.head, self.match = head, head.match
+        self.graph = output.graph
+        self.mapping = mapping
+        self.meta = {"stack_trace": head.match.region.seed.meta.get("stack_trace")}
+        self.copied: dict[fx.Node, fx.Node] = {}
+
+    def call(self, op: Any, *args: Any) -> fx.Node:
+        node = self.graph.call_function(op, args)
+        node.meta.update({key: value for key, value in self.meta.items() if value})
+        return node
+
+    def node(self, aten_node: fx.Node) -> fx.Node:
+        """A node of the retraced graph in the copied graph: an input, or its small computation."""
+        if aten_node.op == "placeholder":
+            return self.mapping[self.match.aten.origin(aten_node)]
+        if aten_node not in self.copied:
+            self.copied[aten_node] = self.graph.node_copy(aten_node, self.node)
+            self.copied[aten_node].meta = dict(self.meta)
+        return self.copied[aten_node]
+
+    def row_ops(self, node: fx.Node, ops: tuple[RowOp, ...]) -> fx.Node:
+        for op in ops:
+            node = self.call(op.op, node, *fx.map_arg(op.args, self.node))
+        return node
+
+    def targets(self) -> tuple[fx.Node, fx.Node | None]:
+        match = self.match
+        target = self.node(match.target)
+        aux = None if match.target_aux is None else self.node(match.target_aux)
+        if match.loss.targets == "pairs":
+            assert aux is not None
+            both = self.call(torch.broadcast_tensors, target, aux)
+            target, aux = (
+                self.call(aten.reshape.default, self.call(operator.getitem, both, i), [-1])
+                for i in (0, 1)
+            )
+            return target, aux
+        return self.row_ops(target, match.target_ops), aux
+
+    def divisor(self, flat: fx.Node) -> Any:
+        """The product of everything the loss is divided by: an int, or a symbolic node."""
+        known, result = 1, None
+        for item in self.match.divisors:
+            if isinstance(item, int):
+                known *= item
+                continue
+            node = self._rows(flat) if isinstance(item, str) else self.node(item)
+            if isinstance(node, int):
+                known *= node
+            else:
+                result = node if result is None else self.call(operator.mul, result, node)
+        if result is None:
+            return known
+        return result if known == 1 else self.call(operator.mul, result, known)
+
+    def _rows(self, flat: fx.Node) -> Any:
+        rows = self.match.rows
+        return rows if isinstance(rows, int) else self.call(aten.sym_size.int, flat, 0)
+
+    def finish(self, loss: fx.Node, x: fx.Node) -> fx.Node:
+        """The op's loss in the shape and dtype of the program's."""
+        out = tensor_of(self.match.region.outputs[0])
+        assert out is not None
+        wide = torch.float64 if self.head.compute_dtype == torch.float64 else torch.float32
+        if self.match.loss.reduction == "none" and out.ndim != 1:
+            shape = [
+                size if isinstance(size, int) else self.call(aten.sym_size.int, x, dim)
+                for dim, size in enumerate(out.shape)
+            ]
+            loss = self.call(aten.reshape.default, loss, shape)
+        return loss if out.dtype == wide else self.call(aten.to.dtype, loss, out.dtype)
+
+
+def _carry_unmatched(
+    module: fx.GraphModule,
+    heads: Sequence[PlannedHead],
+    mapping: dict[fx.Node, fx.Node],
+    inputs: Inputs,
+) -> set[int]:
+    """Give converted heads that stay as they are a carrier for their weight's gradient."""
+    taken = {node for head in heads for node in head.match.region.nodes}
+    detached: set[int] = set()
+    for site in sites(module):
+        path = tuple(mapping[call] for call in site.path)
+        for node in unmatched_lowp(site.module, taken):
+            weight = node.args[1]
+            outer = site.outer(weight) if isinstance(weight, fx.Node) else None
+            if weight.op != "placeholder" or outer is None:
+                continue
+            position = list(module.graph.find_nodes(op="placeholder")).index(outer)
+            carrier = inputs.extra("carrier", position, path)
+            mapping[node].args = (*mapping[node].args[:3], carrier)
+            detached.add(position)
+    return detached
