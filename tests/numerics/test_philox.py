@@ -109,7 +109,7 @@ def test_words_given_as_tensors_give_the_same_keys():
     ("name", "bits"), [("seed", 32), ("param_id", 32), ("step", 56), ("stream", 8)]
 )
 def test_counter_numbers_are_checked(name, bits):
-    good = dict(seed=1, param_id=1, step=1, stream=1)
+    good = {"seed": 1, "param_id": 1, "step": 1, "stream": 1}
     counter_words(**good | {name: 2**bits - 1})
     for bad in (-1, 2**bits, 1.0, True, "1", None):
         with pytest.raises(OptionError, match=rf"{name}=.*2\*\*{bits}"):
@@ -123,18 +123,18 @@ def test_rows_must_be_int64():
 
 # Statistics. 2^20 words each; fixed seeds, so a pass is a pass for ever.
 
-BASE = dict(seed=11, param_id=3, step=5, stream=0, row=0, column=0)
+BASE = {"seed": 11, "param_id": 3, "step": 5, "stream": 0, "row": 0, "column": 0}
 OTHERS = {
-    "next step": dict(step=6),
-    "step past 2^32": dict(step=5 + 2**32),
-    "next row": dict(row=1),
-    "row past 2^32": dict(row=2**32),
-    "next column": dict(column=1),
-    "momentum": dict(stream=1),
-    "conversion": dict(stream=5),
-    "next parameter": dict(param_id=4),
-    "next seed": dict(seed=12),
-    "seed and parameter exchanged": dict(seed=3, param_id=11),
+    "next step": {"step": 6},
+    "step past 2^32": {"step": 5 + 2**32},
+    "next row": {"row": 1},
+    "row past 2^32": {"row": 2**32},
+    "next column": {"column": 1},
+    "momentum": {"stream": 1},
+    "conversion": {"stream": 5},
+    "next parameter": {"param_id": 4},
+    "next seed": {"seed": 12},
+    "seed and parameter exchanged": {"seed": 3, "param_id": 11},
 }
 
 
@@ -157,7 +157,7 @@ def test_words_do_not_correlate(change, bits):
     assert (a == b).double().mean().item() < 1e-5
 
 
-@pytest.mark.parametrize("where", [{}, dict(row=2**33 + 7), dict(step=10**9), dict(column=10**6)])
+@pytest.mark.parametrize("where", [{}, {"row": 2**33 + 7}, {"step": 10**9}, {"column": 10**6}])
 @pytest.mark.parametrize("low", [0, 8, 12, 24])
 def test_every_byte_is_uniform(where, low):
     counts = torch.bincount((words(**BASE | where) >> low & 255).flatten(), minlength=256).double()
@@ -173,7 +173,7 @@ def test_each_row_column_and_step_is_centred(bits):
     for axis in (0, 1):
         assert u.mean(axis).abs().max().item() < 6 / math.sqrt(1024)  # the worst of 1024
     over_steps = torch.stack(
-        [uniform(words(**BASE | dict(step=t), rows=32, columns=32), bits) for t in range(1024)]
+        [uniform(words(**BASE | {"step": t}, rows=32, columns=32), bits) for t in range(1024)]
     )
     assert over_steps.mean(0).abs().max().item() < 6 / math.sqrt(1024)
     lag = (over_steps[1:] * over_steps[:-1]).mean().item()
