@@ -1,0 +1,8 @@
+"""Triton kernels for CUDA (sm_80 and newer), and for CPU tensors in Triton's interpreter.
+
+Importing this package imports Triton, and fixes interpreter or compiler by TRITON_INTERPRET.
+"""
+
+from elmo_compile.kernels.triton.head import backward, backward_update, forward
+
+__all__ = ["backward", "backward_update", "forward"]

@@ -1,0 +1,130 @@
+"""Tile shapes and pipeline depths, as data: one row a chip and operand type. Not autotuned yet.
+
+Chosen offline for registers (no spills) and shared memory (benchmarks/cubin_table.py), not by time:
+nothing here has been timed on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from elmo_compile.errors import OptionError
+
+INTERPRETER = 0
+"""The "chip" of CPU tensors: small tiles, so that small tests have many."""
+CHIPS = (80, 89, 90, 100)
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
+"""Bytes of shared memory a block may have."""
+
+
+class Tile(NamedTuple):
+    """One kernel's output tile [rows, columns], the inner step, and how it is run."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """The tiles of the three products."""
+
+    logits: Tile
+    """Rows of the batch x outputs, over features."""
+    features: Tile
+    """Rows of the batch x features, over outputs."""
+    weights: Tile
+    """Outputs x features, over rows of the batch."""
+
+
+_SMALL = Tiles(
+    logits=Tile(16, 32, 32, 1, 1), features=Tile(16, 32, 32, 1, 1), weights=Tile(32, 16, 16, 1, 1)
+)
+_FLOAT = Tile(64, 64, 32, 4, 2)
+_TABLE: dict[tuple[int, str], Tiles] = {
+    (INTERPRETER, "half"): _SMALL,
+    (INTERPRETER, "float"): _SMALL,
+    (80, "half"): Tiles(
+        logits=Tile(128, 128, 64, 8, 3),
+        features=Tile(128, 128, 64, 8, 3),
+        weights=Tile(128, 64, 64, 8, 2),
+    ),
+    (89, "half"): Tiles(
+        logits=Tile(128, 128, 32, 8, 3),
+        features=Tile(128, 128, 32, 8, 3),
+        weights=Tile(128, 64, 64, 8, 2),
+    ),
+    (90, "half"): Tiles(
+        logits=Tile(128, 128, 64, 8, 3),
+        features=Tile(128, 128, 64, 8, 3),
+        weights=Tile(128, 64, 64, 8, 2),
+    ),
+    (100, "half"): Tiles(
+        logits=Tile(128, 128, 64, 8, 3),
+        features=Tile(128, 128, 64, 8, 3),
+        weights=Tile(128, 64, 64, 8, 2),
+    ),
+} | {(chip, "float"): Tiles(logits=_FLOAT, features=_FLOAT, weights=_FLOAT) for chip in CHIPS}
+
+_assumed: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
+    "elmo_assumed_chip", default=None
+)
+
+
+@contextlib.contextmanager
+def assume_chip(chip: int, processors: int = 132) -> Iterator[None]:
+    """Plan launches for a chip that is not there: compiling offline, tests."""
+    token = _assumed.set((chip, processors))
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def chip_of(device: torch.device) -> tuple[int, int]:
+    """(row of the table, number of multiprocessors) of a device.
+
+    Raises:
+        OptionError: a GPU older than sm_80, which has no bf16 products.
+    """
+    assumed = _assumed.get()
+    if assumed is not None:
+        return assumed
+    if device.type != "cuda":
+        return INTERPRETER, 4
+    properties = torch.cuda.get_device_properties(device)
+    capability = 10 * properties.major + properties.minor
+    if capability < 80:
+        raise OptionError(
+            f"{properties.name} is sm_{capability}; the Triton kernels need sm_80 or newer. "
+            "Move the head to a newer GPU or to the CPU."
+        )
+    return _nearest_chip(capability), properties.multi_processor_count
+
+
+def _nearest_chip(capability: int) -> int:
+    """The table's row for a capability: consumer chips have the shared memory of sm_89."""
+    if capability in (86, 87, 89) or capability >= 110:
+        return 89
+    return max(chip for chip in CHIPS if chip <= capability)
+
+
+def tiles_for(chip: int, compute_dtype: torch.dtype) -> Tiles:
+    """The table's entry for a chip and the operand type of the products."""
+    return _TABLE[chip, "float" if compute_dtype == torch.float32 else "half"]
+
+
+def batch_block(tile_side: int, rows: int) -> int:
+    """A tile's side along the batch: the power of two that holds a small batch, at least 16."""
+    block = 16
+    while block < min(tile_side, rows):
+        block *= 2
+    return block

@@ -1,0 +1,151 @@
+"""The gradient of the loss with respect to a chunk's logits, never scaled, in the compute type.
+
+Legend: N rows, D features, L outputs of the chunk. A program owns one tile [BLOCK_N, BLOCK_L] of
+logits: product in float32, the loss's gradient in float32, one rounding to nearest.
+Upstream factors are applied in float32 where dx and the update are formed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from elmo_compile.kernels.triton.configs import batch_block
+from elmo_compile.kernels.triton.device_math import (
+    ceil_div,
+    expm1_nonpositive,
+    tile_sum,
+)
+from elmo_compile.kernels.triton.launch import Call, Targets, prepare_targets
+from elmo_compile.kernels.triton.product import logits_tile
+from elmo_compile.kernels.triton.storage import narrow
+from elmo_compile.kernels.triton.targets import bce_tile, class_hits
+from elmo_compile.numerics.losses import CE
+
+
+@triton.jit(do_not_specialize=["first_output"])
+def _gradient_kernel(
+    x_ptr,
+    w_ptr,
+    b_ptr,
+    lse_ptr,
+    g_ptr,
+    value_ptr,
+    target_ptr,
+    target_n,
+    target_l,
+    rows_ptr,
+    cols_ptr,
+    values_ptr,
+    bounds_ptr,
+    N,
+    D,
+    L,
+    g_stride,
+    first_output: tl.int64,
+    ignore_index: tl.int64,
+    gradient_scale,
+    BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TARGETS: tl.constexpr,
+):
+    """g[n, l] = dloss_n/dz_nl; value, if asked for: see `Gradient`."""
+    blocks = ceil_div(N, BLOCK_N)
+    tile = tl.program_id(0) // blocks
+    n0 = (tl.program_id(0) % blocks) * BLOCK_N
+    l0 = tile * BLOCK_L
+    rows = tl.arange(0, BLOCK_N)
+    outputs = tl.arange(0, BLOCK_L)
+    row_real = rows < N - n0
+    z = logits_tile(
+        x_ptr, w_ptr, b_ptr, n0, l0, N, D, L,
+        BLOCK_L, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE, PRECISION,
+    )  # fmt: skip
+    output_real = outputs < L - l0
+    if TARGETS == "classes":
+        hit, here, counted = class_hits(
+            target_ptr, n0, l0, first_output, N, ignore_index, BLOCK_L, BLOCK_N
+        )
+        t = z - tl.load(lse_ptr + n0 + rows, mask=row_real, other=0.0)[:, None]
+        at_class = tile_sum(tl.where(hit, t, 0.0), 1)
+        g = tl.where(hit, expm1_nonpositive(at_class)[:, None], tl.exp(t))
+        g = tl.where(counted[:, None], g, 0.0)
+        if value_ptr is not None:
+            tl.store(value_ptr + n0 + rows, -at_class, mask=here)
+    else:
+        g, value = bce_tile(
+            z, target_ptr, target_n, target_l, rows_ptr, cols_ptr, values_ptr, bounds_ptr,
+            tile, n0, l0, first_output, N, L, BLOCK_L, BLOCK_N, TARGETS,
+        )  # fmt: skip
+        if value_ptr is not None:
+            sums = value_ptr + tile.to(tl.int64) * N + n0 + rows
+            before = tl.load(sums, mask=row_real, other=0.0)
+            tl.store(sums, before + value.to(tl.float64), mask=row_real)
+    base = g_ptr + n0.to(tl.int64) * g_stride + l0
+    tl.store(
+        base + rows[:, None] * g_stride + outputs[None, :],
+        narrow(g * gradient_scale, COMPUTE),
+        mask=row_real[:, None] & output_real[None, :],
+    )
+
+
+class Gradient:
+    """The gradient buffer of a call and the kernel that fills it, chunk by chunk."""
+
+    g_NL: Tensor
+    """[N, chunk rounded up to 128] of the compute type: the last filled chunk, times the call's
+    `gradient_scale`. What is past a chunk's end is finite and not used."""
+
+    def __init__(self, c: Call, stats_N: Tensor, need_value: bool) -> None:
+        N, _, _ = c.shape
+        tile = c.tiles.logits
+        self._call = c
+        self._lse_N = stats_N
+        self._block_n = batch_block(tile.rows, N)
+        self._targets: Targets = prepare_targets(c, c.chunk, tile.columns)
+        self.g_NL = c.x_ND.new_zeros((N, -(-c.chunk // 128) * 128))
+        self._value = None
+        if need_value:
+            # BCE: float64 sums of each tile position over the chunks. Cross entropy: the rows.
+            shape = (N,) if c.problem.loss.name == CE else (-(-c.chunk // tile.columns), N)
+            dtype = torch.float32 if len(shape) == 1 else torch.float64
+            self._value = c.x_ND.new_zeros(shape, dtype=dtype)
+
+    def rows(self) -> Tensor | None:
+        """float32 [N] losses of the rows, once every chunk was filled; None if not asked for."""
+        if self._value is None or self._value.dim() == 1:
+            return self._value
+        return self._value.sum(0).float()
+
+    def fill(self, number: int, start: int, stop: int) -> Tensor:
+        """g_NL[:, : stop - start] for the chunk `number`, outputs [start, stop)."""
+        c, tile = self._call, self._call.tiles.logits
+        N, D, _ = c.shape
+        grid = -(-(stop - start) // tile.columns) * -(-N // self._block_n)
+        _gradient_kernel[(grid,)](
+            c.x_ND,
+            c.w_LD[start:stop],
+            None if c.b_L is None else c.b_L[start:stop],
+            self._lse_N if c.problem.loss.name == CE else None,
+            self.g_NL,
+            self._value,
+            N=N,
+            D=D,
+            L=stop - start,
+            g_stride=self.g_NL.stride(0),
+            ignore_index=c.problem.loss.ignore_index,
+            gradient_scale=c.gradient_scale,
+            BLOCK_L=tile.columns,
+            BLOCK_N=self._block_n,
+            BLOCK_K=tile.inner,
+            EVEN_K=D % tile.inner == 0,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **self._targets.arguments(number, start),
+            **c.constants,
+        )
+        return self.g_NL[:, : stop - start]

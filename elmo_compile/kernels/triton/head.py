@@ -1,0 +1,112 @@
+"""The Triton family of kernels/problem.py: `forward`, `backward`, `backward_update`.
+
+Each chunk takes two or three launches (gradient of the logits, dx, dw or update) and one more for
+a bias. Nothing waits for the device: validity is a device flag (`guard`) that the update obeys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from elmo_compile.kernels.problem import Forward, Gradients, HeadProblem, UpdateResult
+from elmo_compile.kernels.triton.features import FeatureGradient
+from elmo_compile.kernels.triton.gradient import Gradient
+from elmo_compile.kernels.triton.launch import Call, prepare
+from elmo_compile.kernels.triton.statistics import bce_rows, ce_rows
+from elmo_compile.kernels.triton.weights import WeightGradient
+from elmo_compile.numerics.losses import CE
+from elmo_compile.numerics.update import Update
+
+
+def forward(p: HeadProblem) -> Forward:
+    """The loss of each row and, for cross entropy, its log-sum-exp, in one pass over the weight."""
+    with torch.cuda.device_of(p.x_ND):
+        c = prepare(p)
+        if p.loss.name == CE:
+            return Forward(*ce_rows(c))
+        return Forward(bce_rows(c), c.x_ND.new_empty((0,), dtype=torch.float32))
+
+
+def backward(
+    p: HeadProblem,
+    stats_N: Tensor,
+    scale_N: Tensor,
+    *,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> Gradients:
+    """Gradients of `sum_n scale_n loss_n`, chunk by chunk.
+
+    Args:
+        p: the call. stats_N: as `forward` gave it. scale_N: float32 [N], any strides.
+        need_dx, need_dw, need_db: what to compute; the rest is None.
+    """
+    with torch.cuda.device_of(p.x_ND):
+        c = prepare(p)
+        dtype = torch.float32 if p.w_LD.dtype == torch.float8_e4m3fn else p.w_LD.dtype
+        dw_LD = torch.empty_like(p.w_LD, dtype=dtype) if need_dw else None
+
+        def consume(g_NL: Tensor, product: WeightGradient, start: int, stop: int) -> None:
+            if dw_LD is not None:
+                product.store(g_NL, dw_LD[start:stop])
+
+        dx_ND, db_L, _ = _walk(c, stats_N, scale_N, need_dx, need_db, False, consume)
+        return Gradients(dx_ND, dw_LD, db_L)
+
+
+def backward_update(
+    p: HeadProblem,
+    stats_N: Tensor,
+    scale_N: Tensor,
+    update: Update,
+    *,
+    need_dx: bool,
+    need_db: bool,
+    need_value: bool,
+    guard: Tensor | None = None,
+) -> UpdateResult:
+    """dx and db from the weight as it was, and the weight and momentum updated in place.
+
+    The writes are the kernels' own: the caller increments the version counters.
+
+    Args:
+        p: the call. stats_N: as `forward` gave it. scale_N: float32 [N], any strides.
+        update: hyper-parameters, momentum and rounding counters.
+        need_dx, need_db, need_value: what else to compute; the rest is None.
+        guard: int32 [1] on the device, or None. Not zero: weight and momentum stay as they are.
+    """
+    with torch.cuda.device_of(p.x_ND):
+        c = prepare(p)
+
+        def consume(g_NL: Tensor, product: WeightGradient, start: int, stop: int) -> None:
+            product.update(g_NL, start, stop, update, guard)
+
+        return UpdateResult(*_walk(c, stats_N, scale_N, need_dx, need_db, need_value, consume))
+
+
+def _walk(
+    c: Call,
+    stats_N: Tensor,
+    scale_N: Tensor,
+    need_dx: bool,
+    need_db: bool,
+    need_value: bool,
+    consume,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, db, row losses): each chunk's gradient goes to dx, db and `consume`, in this order."""
+    scale_N = scale_N.float().contiguous()
+    gradient = Gradient(c, stats_N.contiguous(), need_value)
+    features = FeatureGradient(c) if need_dx else None
+    product = WeightGradient(c, scale_N)
+    db_L = c.x_ND.new_empty((c.shape[2],), dtype=torch.float32) if need_db else None
+    for number, start, stop in c.chunks():
+        g_NL = gradient.fill(number, start, stop)
+        if features is not None:
+            features.add(g_NL, c.w_LD[start:stop])
+        if db_L is not None:
+            product.bias(g_NL, db_L[start:stop])
+        consume(g_NL, product, start, stop)
+    dx_ND = None if features is None else features.result(scale_N)
+    return dx_ND, db_L, gradient.rows()

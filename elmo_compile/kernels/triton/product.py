@@ -1,0 +1,112 @@
+"""The matrix product: the one loop that every kernel of this family uses.
+
+Legend: N rows, D features, L outputs of the chunk; BLOCK_* a tile's sides, BLOCK_K its inner step.
+Row and column numbers within a tile are 32-bit; a tile's first row enters the 64-bit base pointer.
+"""
+
+import triton
+import triton.language as tl
+
+from elmo_compile.kernels.triton.storage import operand, widen
+
+
+@triton.jit
+def _load(ptr, offsets, side_real, inner_real, SIDE_AXIS: tl.constexpr, EVEN_K: tl.constexpr):
+    """A tile of an operand, masked only where it has to be; SIDE_AXIS is the one to expand at."""
+    if side_real is None and EVEN_K:
+        return tl.load(ptr + offsets)
+    elif side_real is None:
+        return tl.load(ptr + offsets, mask=tl.expand_dims(inner_real, 1 - SIDE_AXIS), other=0)
+    elif EVEN_K:
+        return tl.load(ptr + offsets, mask=tl.expand_dims(side_real, SIDE_AXIS), other=0)
+    else:
+        real = tl.expand_dims(side_real, SIDE_AXIS) & tl.expand_dims(inner_real, 1 - SIDE_AXIS)
+        return tl.load(ptr + offsets, mask=real, other=0)
+
+
+@triton.jit
+def product(
+    a_ptr,
+    a_row,
+    a_inner,
+    b_ptr,
+    b_inner,
+    b_column,
+    rows_M,
+    rows_real,
+    columns_N,
+    columns_real,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """float32 [M, N]: `sum_k A[rows[m], k] B[k, columns[n]]` over k in [0, K).
+
+    `*_row`, `*_inner`, `*_column` are strides. Rows are readable as they are (clamped by the
+    caller) where `rows_real` is None, else only where it is true, and so for columns: clamping a
+    direction of stride 1 would hide from the compiler that loads along it can be wide.
+    EVEN_K: BLOCK_K divides K.
+    """
+    inner = tl.arange(0, BLOCK_K)
+    a_offsets = rows_M[:, None] * a_row + inner[None, :] * a_inner
+    b_offsets = inner[:, None] * b_inner + columns_N[None, :] * b_column
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = _load(a_ptr, a_offsets, rows_real, inner < K - k, 1, EVEN_K)
+        b = _load(b_ptr, b_offsets, columns_real, inner < K - k, 0, EVEN_K)
+        acc = tl.dot(operand(a, COMPUTE), operand(b, COMPUTE), acc=acc, input_precision=PRECISION)
+        a_ptr += BLOCK_K * a_inner
+        b_ptr += BLOCK_K * b_inner
+    return acc
+
+
+@triton.jit
+def logits_tile(
+    x_ptr,
+    w_ptr,
+    b_ptr,
+    n0,
+    l0,
+    N,
+    D,
+    L,
+    BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """float32 [BLOCK_N, BLOCK_L]: the logits `x w^T + b` of rows n0.. and outputs l0...
+
+    x [N, D] and w [L, D] are contiguous. Rows past N and outputs past L repeat the last one. Rows
+    are the tile's rows, so that a row's sums and statistics stay within a warp.
+    """
+    outputs = tl.minimum(tl.arange(0, BLOCK_L), L - 1 - l0)
+    rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - n0)
+    z = product(
+        x_ptr + n0.to(tl.int64) * D,
+        D,
+        1,
+        w_ptr + l0.to(tl.int64) * D,
+        1,
+        D,
+        rows,
+        None,
+        outputs,
+        None,
+        D,
+        BLOCK_N,
+        BLOCK_L,
+        BLOCK_K,
+        EVEN_K,
+        COMPUTE,
+        PRECISION,
+    )
+    if b_ptr is not None:
+        z += widen(tl.load(b_ptr + l0 + outputs))[None, :]
+    return z
