@@ -6,12 +6,24 @@ import dataclasses
 from typing import Any
 
 import sympy
+import torch
 
 from elmo_compile.numerics.losses import CE
 from elmo_compile.planner.shape import C, D, HeadShape, L, M, N
 
 LOSS = "loss"
 UPDATE = "weight gradient"
+ROUNDING_KEYS = 12 << 16
+"""Bytes: int64 row numbers and int32 keys of 2^16 rows of weight."""
+EAGER_BELOW = 1 << 20
+"""Logits below which the CPU kernels do not compile their vector code (kernels.aten.compiled)."""
+EAGER_UPDATE = 24
+EAGER_DECODE = 12
+"""Bytes for each weight of a chunk where these run eagerly, as measured on torch 2.13."""
+SPLIT_SUMS = 8 << 20
+"""Bytes: about one 128 x 128 float32 tile a multiprocessor (132 on an H100)."""
+ROW_PARTS = 4 * 132
+"""Programs that each hold statistics of a row, at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,28 +103,74 @@ def head_memory(shape: HeadShape, chunk: int) -> HeadMemory:
 
 
 def temporary_formulas(shape: HeadShape) -> list[tuple[str, Any]]:
-    """Name and bytes, in N, D, C and M, of what the chunked head makes and frees in a step."""
-    compute = shape.compute_dtype.itemsize
-    accumulate = max(4, compute)
-    terms: list[tuple[str, Any]] = [("chunk of logits", accumulate * N * C)]
-    if shape.trains:
-        terms.append(("chunk of logit gradient", compute * N * C))
-    if shape.weight_dtype != shape.compute_dtype:
-        terms.append(("decoded chunk of weight", compute * C * D))
-    if shape.feature_dtype != shape.compute_dtype:
-        terms.append(("features in the compute dtype", compute * N * D))
-    if shape.weight_trainable and shape.device == "cpu":
-        # On CUDA the product is consumed tile by tile in registers.
-        terms.append(("chunk of weight gradient", accumulate * C * D))
-        if shape.fused_update:
-            terms.append(("chunk of rounded weight", shape.weight_dtype.itemsize * C * D))
-    if shape.features_trainable:
-        terms.append(("feature gradient accumulator", accumulate * N * D))
-    # Row losses are float64 across chunks; cross entropy adds log-sum-exp and target logit.
-    terms.append(("row statistics", (16 if shape.loss.name == CE else 8) * N))
+    """Name and bytes, in N, D, C and M, of what the kernels make and free in a step."""
+    terms = _cuda_buffers(shape) if shape.device == "cuda" else _cpu_buffers(shape)
     if shape.positives != 0:
         terms.append(("sorted positives", 16 * M))
     return terms
+
+
+def _cpu_buffers(shape: HeadShape) -> list[tuple[str, Any]]:
+    """As kernels/aten: products write whole chunks, vector code works in place on them."""
+    operand = operand_size(shape)
+    accumulate = max(4, operand)
+    eager = shape.number(N * L) < EAGER_BELOW
+    terms: list[tuple[str, Any]] = [("chunk of logits, then gradient", operand * N * C)]
+    if operand != shape.weight_dtype.itemsize:
+        terms.append(("chunk of weight, decoded", operand * C * D))
+        scratch = EAGER_DECODE if eager else operand
+        terms.append(("decoding, element-wise", scratch * C * D))
+    if _writes_weight_gradient_chunk(shape, operand):
+        terms.append(("chunk of weight gradient", operand * C * D))
+    # Features as operand; in a backward also scaled by the rows' factors, formed in float32.
+    scaled = operand + 2 * accumulate if shape.trains else 0
+    terms.append(("features as operands", (operand + scaled) * N * D))
+    if shape.features_trainable:
+        part = operand if operand < accumulate else 0
+        terms.append(("feature gradient, summed over chunks", (accumulate + part) * N * D))
+    terms.append(("row reductions, partial", N * C))
+    if shape.fused_update and eager:
+        terms.append(("update, element-wise", EAGER_UPDATE * C * D))
+    # float64 sums; cross entropy adds maxima, log-sum-exps and target logits.
+    terms.append(("row statistics", (48 if shape.loss.name == CE else 16) * N))
+    if shape.weight_trainable and shape.fused_update and shape.weight_dtype.itemsize < 4:
+        terms.append(("rounding keys", sympy.Integer(ROUNDING_KEYS)))
+    return terms
+
+
+def _writes_weight_gradient_chunk(shape: HeadShape, operand: int) -> bool:
+    """Whether a chunk of the weight gradient is a tensor of its own on a CPU.
+
+    Not where the product writes straight into the weight (float32 SGD) or into the gradient.
+    """
+    if not shape.weight_trainable:
+        return False
+    if shape.fused_update and shape.momentum_dtype is None and operand >= 4:
+        return shape.weight_dtype.itemsize != operand
+    return shape.fused_update or shape.weight_gradient_dtype.itemsize != operand
+
+
+def _cuda_buffers(shape: HeadShape) -> list[tuple[str, Any]]:
+    """As kernels/triton: only the gradient of the logits and partial sums leave the registers."""
+    operand = operand_size(shape)
+    terms: list[tuple[str, Any]] = []
+    if shape.trains:
+        terms.append(("chunk of logit gradient", operand * N * C))
+    if shape.feature_dtype != shape.compute_dtype:
+        terms.append(("features as operands", operand * N * D))
+    if shape.features_trainable:
+        terms.append(("feature gradient", 4 * N * D))
+        terms.append(("feature gradient, split sums", SPLIT_SUMS + 4 * N * D))
+    # One float32 maximum and one float64 sum a row from each of `ROW_PARTS` programs.
+    terms.append(("row statistics", (12 * ROW_PARTS if shape.loss.name == CE else 8) * N))
+    return terms
+
+
+def operand_size(shape: HeadShape) -> int:
+    """Bytes of one operand of the products: the CPU kernels compute float16 in float32."""
+    if shape.device == "cpu" and shape.compute_dtype == torch.float16:
+        return 4
+    return shape.compute_dtype.itemsize
 
 
 def _resident(shape: HeadShape) -> list[tuple[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 
 from elmo_compile.config import LossValue
 from elmo_compile.planner import HeadMemory, Plan
+from elmo_compile.report.strip import strip
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -104,10 +105,13 @@ class Section:
     """The plan of each match, in the same order."""
     refusals: tuple[Refusal, ...] = ()
     graph_before: GraphModule | None = None
+    """Kept as a copy that can be printed and holds no tensors; so is `graph_after`."""
     graph_after: GraphModule | None = None
 
     def __post_init__(self) -> None:
-        """A plan belongs to a match."""
+        """A plan belongs to a match; graphs lose their tensors."""
+        object.__setattr__(self, "graph_before", strip(self.graph_before))
+        object.__setattr__(self, "graph_after", strip(self.graph_after))
         if len(self.plans) != len(self.matches):
             raise ValueError(f"{len(self.matches)} matches, but {len(self.plans)} plans")
 

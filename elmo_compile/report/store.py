@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Hashable
 
 from elmo_compile.report.records import Report, Section
-from elmo_compile.report.strip import strip
 
 KEPT = 64
 """Reports kept; the oldest goes first."""
@@ -28,18 +27,13 @@ def record(section: Section, *, group: Hashable = None) -> Report:
     """Add one compiled graph to this process's reports.
 
     Args:
-        section: its graphs are stored as copies that hold no tensors.
+        section: the graph.
         group: what the graph belongs to. Sections of one group make one report, a section of the
             same name replacing the earlier one. None: a report of its own.
 
     Returns:
         The report the section is now in, which is also the last one.
     """
-    section = dataclasses.replace(
-        section,
-        graph_before=strip(section.graph_before),
-        graph_after=strip(section.graph_after),
-    )
     with _lock:
         report = Report((section,))
         known = [e for e in _entries if group is not None and e.group == group]

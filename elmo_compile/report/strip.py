@@ -48,7 +48,7 @@ def strip(graph: fx.GraphModule | None) -> fx.GraphModule | None:
 def _light_attribute(graph: fx.GraphModule, target: str) -> Any:
     value: Any = graph
     for name in target.split("."):
-        value = getattr(value, name)
+        value = getattr(value, name, None)
     if isinstance(value, torch.Tensor):
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     if isinstance(value, fx.GraphModule):

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import sympy
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from elmo_compile.kernels import aten
+from elmo_compile.kernels.aten import compiled
+from elmo_compile.kernels.problem import HeadProblem
+from elmo_compile.kernels.targets import positives_of
 from elmo_compile.numerics.losses import BCE, CE, LossSpec
+from elmo_compile.numerics.update import Update
 from elmo_compile.planner import HeadShape, default_compute_dtype, plan
+from elmo_compile.planner import memory as memory_module
 from elmo_compile.planner.memory import head_memory
 
 FP8 = torch.float8_e4m3fn
@@ -65,10 +74,10 @@ def test_after_fused_fp8_by_hand():
     assert formulas(memory.after)["weight"] == L * D
     assert "weight gradient" not in formulas(memory.after)
     by_name = formulas(memory.after)
-    assert by_name["decoded chunk of weight"] == 2 * C * D
-    assert by_name["chunk of logits"] == 4 * N * C
-    assert by_name["chunk of logit gradient"] == 2 * N * C
-    assert by_name["feature gradient accumulator"] == 4 * N * D
+    assert by_name["chunk of weight, decoded"] == 2 * C * D
+    assert by_name["chunk of weight gradient"] == 2 * C * D
+    assert by_name["chunk of logits, then gradient"] == 2 * N * C
+    assert by_name["feature gradient, summed over chunks"] == (4 + 2) * N * D
     assert by_name["sorted positives"] == 16 * M
     # Nothing temporary grows with the outputs.
     assert L not in memory.temporaries.free_symbols
@@ -98,7 +107,12 @@ def test_inference_holds_one_chunk_of_logits():
     memory = head_memory(head(features_trainable=False, weight_trainable=False), 64)
     assert "gradient of the logits" not in formulas(memory.before)
     temporary = {t.name for t in memory.after if t.temporary}
-    assert temporary == {"chunk of logits", "row statistics"}
+    assert temporary == {
+        "chunk of logits, then gradient",
+        "features as operands",
+        "row reductions, partial",
+        "row statistics",
+    }
 
 
 def test_formulas_and_numbers_agree():
@@ -145,3 +159,84 @@ def test_traffic_of_a_fused_update_is_one_read_and_one_write_at_best():
     assert (momentum.read, momentum.written) == (4 * L * D, 3 * L * D)
     frozen = plan(head(weight_trainable=False)).traffic
     assert frozen.written == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
+@pytest.mark.parametrize("momentum", [None, torch.float32])
+def test_float32_sgd_writes_straight_into_the_weight(dtype, momentum):
+    memory = head_memory(head(dtype=dtype, fused_update=True, momentum_dtype=momentum), 64)
+    made = "chunk of weight gradient" in formulas(memory.after)
+    assert made == (dtype != torch.float32 or momentum is not None)
+
+
+def test_cuda_keeps_only_the_logit_gradient_and_sums():
+    memory = head_memory(head(dtype=FP8, fused_update=True, device="cuda"), 4096)
+    temporary = {t.name for t in memory.after if t.temporary}
+    assert temporary == {
+        "chunk of logit gradient",
+        "feature gradient",
+        "feature gradient, split sums",
+        "row statistics",
+    }
+
+
+def test_float16_on_a_cpu_is_computed_in_float32():
+    half = {"dtype": torch.float16, "feature_dtype": torch.float16}
+    changes = {**half, "compute_dtype": torch.float16, "fused_update": True}
+    on_cpu = formulas(head_memory(head(**changes), 64).after)
+    assert on_cpu["chunk of logits, then gradient"] == 4 * N * C
+    on_cuda = formulas(head_memory(head(**changes, device="cuda"), 64).after)
+    assert on_cuda["chunk of logit gradient"] == 2 * N * C
+
+
+def test_the_kernels_compile_from_the_same_size_on():
+    assert memory_module.EAGER_BELOW == compiled.SMALL
+
+
+def allocated(step) -> int:
+    """Peak bytes that torch's CPU allocator hands out while `step` runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
+@pytest.mark.parametrize(
+    ("loss", "rows", "outputs"), [(BCE, 64, 16_640), (CE, 512, 4_096), (BCE, 4, 16_640)]
+)
+def test_the_kernels_stay_within_the_plan(loss, rows, outputs, dtype, fused):
+    targets = "padded" if loss == BCE else "classes"
+    compute = default_compute_dtype(dtype, "cpu")
+    shape = head(
+        loss, targets, dtype, rows=rows, features=256, outputs=outputs, fused_update=fused,
+        positives=3 * rows if loss == BCE else 0, feature_dtype=compute,
+    )  # fmt: skip
+    memory = head_memory(shape, 1024)
+    labels = torch.randint(outputs, (rows, 3) if loss == BCE else (rows,))
+    sparse = loss == BCE
+    problem = HeadProblem(
+        x_ND=torch.randn(rows, 256).to(compute),
+        w_LD=(0.1 * torch.randn(outputs, 256)).to(dtype),
+        b_L=None,
+        target=positives_of(shape.loss, labels, None, rows, outputs) if sparse else labels,
+        loss=shape.loss,
+        chunk=1024,
+        compute_dtype=compute,
+    )
+    scale_N = torch.full((rows,), 1 / rows)
+
+    def step():
+        stats_N = aten.forward(problem).stats_N
+        if fused:
+            flags = {"need_dx": True, "need_db": False, "need_value": False}
+            aten.backward_update(problem, stats_N, scale_N, Update(lr=0.1), **flags)
+        else:
+            flags = {"need_dx": True, "need_dw": True, "need_db": False}
+            aten.backward(problem, stats_N, scale_N, **flags)
+
+    step()
+    gradient = sum(t.bytes for t in memory.after if t.name == "weight gradient")
+    assert allocated(step) - gradient <= 1.15 * memory.temporary_bytes + (256 << 10)

@@ -112,12 +112,12 @@ def test_report_concatenates_its_sections():
 
 
 def test_the_graph_is_of_the_section_that_holds_a_match():
-    graphs = [torch.fx.symbolic_trace(torch.nn.Linear(2, 2)) for _ in range(3)]
+    graphs = [torch.fx.symbolic_trace(lambda x, n=n: x * n) for n in (2, 3, 4)]
     empty = Section(name="0", graph_before=graphs[0])
     full = Section(name="1", matches=(a_match(),), plans=(a_plan(),), graph_before=graphs[1])
     last = Section(name="2", graph_before=graphs[2])
-    assert Report((empty, full, last)).graph_before is graphs[1]
-    assert Report((empty, last)).graph_before is graphs[2]
+    assert Report((empty, full, last)).graph_before.code == graphs[1].code
+    assert Report((empty, last)).graph_before.code == graphs[2].code
 
 
 def test_a_match_has_a_plan():
@@ -144,7 +144,7 @@ def test_text():
         "670091",
         "in backward",
         "multi-hot targets",
-        "4*C*N",
+        "2*C*N",
         "163.60 MiB of logits",
         "note: weight decay is zero",
         "[logits-escape]",
