@@ -16,7 +16,7 @@ from elmo_compile.lowering import lower
 from elmo_compile.passes.graphs import copy_module, sites, source_of
 from elmo_compile.passes.pipeline import Analysis, analyze
 from elmo_compile.passes.plan import unmatched_lowp
-from elmo_compile.report.records import Match, Refusal, Section
+from elmo_compile.report.records import Code, Match, Refusal, Section
 from elmo_compile.report.store import record
 from elmo_compile.runtime import CompiledGraph
 
@@ -92,8 +92,12 @@ def section(
     """The report of one rewritten graph, as it is first called."""
     matches, plans = [], []
     analysis = compiled.analysis
-    for head, why in zip(analysis.heads, compiled.why_not_fused(inputs)):
-        fused = not why
+    refusals = list(analysis.refusals)
+    for head, (kind, _, why) in zip(analysis.heads, compiled.treatments(inputs)):
+        if kind == "untouched":
+            refusals.append(_excluded(head.match.region.seed))
+            continue
+        fused = kind == "fused"
         plan = head.fused_plan if fused else head.plan
         notes = head.notes + plan.notes
         if why:
@@ -118,9 +122,19 @@ def section(
         name=name,
         matches=tuple(matches),
         plans=tuple(plans),
-        refusals=analysis.refusals,
+        refusals=tuple(refusals),
         graph_before=gm,
         graph_after=compiled.first.module,
+    )
+
+
+def _excluded(seed: fx.Node) -> Refusal:
+    return Refusal(
+        code=Code.EXCLUDED,
+        node=seed.name,
+        source=source_of(seed),
+        reason="the weight's module was excluded with elmo_compile.exclude",
+        remedy="do not exclude it, if it is to be rewritten",
     )
 
 

@@ -7,20 +7,33 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from elmo_compile.config import Options
 from elmo_compile.lowering import lower, lower_later
-from elmo_compile.ops.fused import open_call
+from elmo_compile.ops.exclusion import is_excluded
+from elmo_compile.ops.fused import open_call, serial_if_deferred
 from elmo_compile.ops.linear import carry
 from elmo_compile.ops.owners import Owner, owner_of
 from elmo_compile.passes.pipeline import Analysis
 from elmo_compile.passes.records import PlannedHead, Rewritten
 from elmo_compile.passes.rewrite import rewrite
+
+
+class Treatment(NamedTuple):
+    """What one call does with one head."""
+
+    kind: Literal["fused", "gradient", "untouched"]
+    """Updated by its backward; chunked with a real gradient; as the program has it (excluded)."""
+    owner: Owner | None
+    """Who updates it, if `fused`."""
+    why: str
+    """Why it is not fused; empty if it is."""
 
 
 class CompiledGraph:
@@ -31,61 +44,49 @@ class CompiledGraph:
         self.options = options
         self.grad = torch.is_grad_enabled()
         self.dynamic = any(isinstance(value, torch.SymInt) for value in inputs)
-        self._variants: dict[tuple[bool, ...], tuple[Rewritten, Callable[..., Any]]] = {}
+        self._variants: dict[tuple[str, ...], tuple[Rewritten, Callable[..., Any]]] = {}
         self._lock = threading.Lock()
-        self._was_fused: list[Owner | None] = [None] * len(analysis.heads)
+        self._was_fused: list[weakref.ref[Owner] | None] = [None] * len(analysis.heads)
         self._warned = False
-        self._first_fused = tuple(owner is not None for owner in self.owners(inputs))
-        self.first = self._build(self._first_fused)
+        self._first_kinds = tuple(treatment.kind for treatment in self.treatments(inputs))
+        self.first = self._build(self._first_kinds)
 
     def compile_first(self, inputs: Sequence[Any]) -> None:
         """Compile the variant these inputs call for; others follow when a call needs them."""
-        with_extras = self._arguments(self.first, inputs, {})
+        with_extras = self._arguments(self.first, inputs)
         compiled = lower(self.first.module, with_extras, self.options)
-        self._variants[self._first_fused] = (self.first, compiled)
+        self._variants[self._first_kinds] = (self.first, compiled)
 
-    def owners(self, inputs: Sequence[Any]) -> list[Owner | None]:
-        """For each head, who updates it in this call's backward; None: it gets a gradient."""
-        return [
-            None if head.unfusable else self._owner(head, inputs)[0] for head in self.analysis.heads
-        ]
-
-    def why_not_fused(self, inputs: Sequence[Any]) -> list[str]:
-        """For each head, why its update is not fused in this call; empty where it is."""
-        return [head.unfusable or self._owner(head, inputs)[1] for head in self.analysis.heads]
+    def treatments(self, inputs: Sequence[Any]) -> list[Treatment]:
+        """What a call with these inputs does with each head."""
+        return [self._treatment(head, inputs) for head in self.analysis.heads]
 
     def __call__(self, *inputs: Any) -> Any:
-        owners = self.owners(inputs)
-        fused = tuple(owner is not None for owner in owners)
-        variant, compiled = self._variant(fused)
-        self._notice_lost_owners(owners)
-        calls = {
-            head.weight_input: owner
-            for head, owner in zip(self.analysis.heads, owners)
-            if owner is not None
-        }
-        arguments = self._arguments(variant, inputs, calls)
+        treatments = self.treatments(inputs)
+        variant, compiled = self._variant(tuple(treatment.kind for treatment in treatments))
+        self._notice_lost_owners([treatment.owner for treatment in treatments])
+        arguments = self._arguments(variant, inputs)
         results = compiled(*arguments)
-        self._open_losses(variant, arguments, owners, results)
+        self._open_losses(variant, arguments, treatments, results)
         return results
 
-    def _variant(self, fused: tuple[bool, ...]) -> tuple[Rewritten, Callable[..., Any]]:
-        found = self._variants.get(fused)
+    def _variant(self, kinds: tuple[str, ...]) -> tuple[Rewritten, Callable[..., Any]]:
+        found = self._variants.get(kinds)
         if found is None:
             with self._lock:
-                found = self._variants.get(fused)
+                found = self._variants.get(kinds)
                 if found is None:
-                    built = self._build(fused)
+                    built = self._build(kinds)
                     found = (built, lower_later(built.module, self.options, self.dynamic))
-                    self._variants[fused] = found
+                    self._variants[kinds] = found
         return found
 
-    def _build(self, fused: tuple[bool, ...]) -> Rewritten:
-        return rewrite(self.analysis.module, self.analysis.heads, fused, self.grad)
+    def _build(self, kinds: tuple[str, ...]) -> Rewritten:
+        chosen = [(h, k) for h, k in zip(self.analysis.heads, kinds) if k != "untouched"]
+        fused = [kind == "fused" for _, kind in chosen]
+        return rewrite(self.analysis.module, [head for head, _ in chosen], fused, self.grad)
 
-    def _arguments(
-        self, variant: Rewritten, inputs: Sequence[Any], calls: dict[int | None, Owner]
-    ) -> list[Any]:
+    def _arguments(self, variant: Rewritten, inputs: Sequence[Any]) -> list[Any]:
         """The variant's inputs: fused weights left out, carried ones detached, extras behind."""
         arguments = [
             value.detach() if position in variant.detached else value
@@ -99,7 +100,7 @@ class CompiledGraph:
                 arguments.append(carry(weight))
                 continue
             if extra.weight_input not in opened:
-                owner = calls.get(extra.weight_input) or owner_of(weight)
+                owner = owner_of(weight)
                 assert owner is not None
                 parts = open_call(owner)
                 opened[extra.weight_input] = dict(zip(("anchor", "handle", "sink"), parts))
@@ -110,47 +111,42 @@ class CompiledGraph:
         self,
         variant: Rewritten,
         arguments: list[Any],
-        owners: list[Owner | None],
+        treatments: list[Treatment],
         results: Any,
     ) -> None:
         """Remember the loss tensors whose value the backward is to fill in."""
         first_extra = len(arguments) - len(variant.extras)
-        for head, owner in zip(self.analysis.heads, owners):
+        handles = {
+            extra.weight_input: arguments[first_extra + i]
+            for i, extra in enumerate(variant.extras)
+            if extra.kind == "handle"
+        }
+        for head, (_, owner, _) in zip(self.analysis.heads, treatments):
             if owner is None or not head.deferred or head.loss_output is None:
                 continue
-            position = next(
-                i
-                for i, extra in enumerate(variant.extras)
-                if extra.kind == "handle" and extra.weight_input == head.weight_input
-            )
-            serial = int(arguments[first_extra + position][2])
-            owner.open_loss(serial, results[head.loss_output])
+            assert head.weight_input is not None
+            serial = serial_if_deferred(handles[head.weight_input])
+            if serial is not None:
+                owner.open_loss(serial, results[head.loss_output])
 
-    def _owner(self, head: PlannedHead, inputs: Sequence[Any]) -> tuple[Owner | None, str]:
-        assert head.weight_input is not None
+    def _treatment(self, head: PlannedHead, inputs: Sequence[Any]) -> Treatment:
+        if head.weight_input is None:
+            return Treatment("gradient", None, head.unfusable)
         weight = inputs[head.weight_input]
-        owner = owner_of(weight)
-        if owner is None:
-            return None, "no elmo_compile optimizer owns the weight"
-        for reason, applies in _CALL_REASONS:
-            if applies(weight):
-                return None, reason
-        storage = weight.untyped_storage().data_ptr()
-        for position, other in enumerate(inputs):
-            if position == head.weight_input or not isinstance(other, Tensor):
-                continue
-            if storage and _storage(other) == storage:
-                return None, "another input of the graph shares the weight's memory"
-        return owner, ""
+        if is_excluded(weight):
+            return Treatment("untouched", None, "excluded with elmo_compile.exclude")
+        owner, why = (None, head.unfusable) if head.unfusable else _owner(head, weight, inputs)
+        return Treatment("gradient" if owner is None else "fused", owner, why)
 
     def _notice_lost_owners(self, owners: list[Owner | None]) -> None:
         """Warn, once, where a head that was fused is now called with a weight nobody owns."""
         if not (self.grad and torch.is_grad_enabled()):
             return
         for position, owner in enumerate(owners):
-            before = self._was_fused[position]
+            reference = self._was_fused[position]
+            before = None if reference is None else reference()
             if owner is not None:
-                self._was_fused[position] = owner
+                self._was_fused[position] = weakref.ref(owner)
             elif before is not None and not before.superseded:
                 before.replaced_by_unowned = True
                 if not self._warned:
@@ -162,6 +158,25 @@ class CompiledGraph:
                         "ordinary gradient; construct the optimizer again if it is to be trained",
                         stacklevel=3,
                     )
+
+
+def _owner(
+    head: PlannedHead, weight: Tensor, inputs: Sequence[Any]
+) -> tuple[Owner | None, str]:
+    """Who updates a head's weight in this call, or why nobody does."""
+    owner = owner_of(weight)
+    if owner is None:
+        return None, "no elmo_compile optimizer owns the weight"
+    for reason, applies in _CALL_REASONS:
+        if applies(weight):
+            return None, reason
+    storage = weight.untyped_storage().data_ptr()
+    for position, other in enumerate(inputs):
+        if position == head.weight_input or not isinstance(other, Tensor):
+            continue
+        if storage and _storage(other) == storage:
+            return None, "another input of the graph shares the weight's memory"
+    return owner, ""
 
 
 def _hooked(weight: Tensor) -> bool:

@@ -30,6 +30,8 @@ def retrace(region: Region) -> AtenRegion | Refusal:
         with (
             modes.pop(),
             torch.fx.traceback.preserve_node_meta(),
+            # Under a checkpoint's hooks the trace's own saved tensors would count as the program's.
+            torch.autograd.graph.saved_tensors_hooks(_same, _same),
             torch.autocast("cpu", enabled=False),
             _no_cuda_autocast(),
         ):
@@ -54,6 +56,10 @@ def extract(region: Region) -> fx.GraphModule:
         graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
     graph.output(tuple(new[node] for node in region.outputs))
     return fx.GraphModule(region.site.module, graph)
+
+
+def _same(saved: torch.Tensor) -> torch.Tensor:
+    return saved
 
 
 def _no_cuda_autocast() -> Any:

@@ -15,12 +15,13 @@ from elmo_compile.heads.low_precision import STORAGE_DTYPES, LowPrecisionLinear
 from elmo_compile.numerics.philox import CONVERSION
 from elmo_compile.numerics.rounding import round_nearest, stochastic_round
 from elmo_compile.numerics.update import Rounding
+from elmo_compile.ops.exclusion import Exclusion, is_excluded
 from elmo_compile.ops.owners import owner_of
 
 M = TypeVar("M", bound=nn.Module)
 _BLOCK = 1 << 22
 _log = logging.getLogger("elmo_compile")
-_EXCLUDED = "_elmo_excluded"
+_EXCLUSION = "_elmo_exclusion"
 
 
 def convert_head(
@@ -68,6 +69,8 @@ def convert_head(
         if head.bias is not None:
             new.bias.copy_(head.bias)
     new.rounded_to_zero = lost
+    if is_excluded(head.weight):
+        exclude(new)
     if lost > 0:
         _log.warning(
             "convert_head: %.1f %% of the weights of %s were not zero and became zero in %s",
@@ -110,10 +113,19 @@ def dequantize_head(model: M, dtype: torch.dtype = torch.float32, *, name: str |
     return model
 
 
-def exclude(module: nn.Module) -> nn.Module:
-    """Keep the backend from rewriting this nn.Linear (and any inside it); returns it."""
-    for inner in module.modules():
-        setattr(inner, _EXCLUDED, True)
+def exclude(module: M) -> M:
+    """Keep the backend from rewriting heads whose weight belongs to this module.
+
+    It follows the Parameters: a copy or an unpickled module is excluded as well, a Parameter put in
+    later is not. The report lists the head with code `excluded`.
+
+    Args:
+        module: an nn.Linear, or anything that holds heads.
+
+    Returns:
+        `module`.
+    """
+    setattr(module, _EXCLUSION, Exclusion(module.parameters()))
     return module
 
 
@@ -150,7 +162,15 @@ def _check_convertible(model: nn.Module, path: str, head: nn.Linear) -> None:
             f"convert_head: the weight of {where} is tied ({readers}); a low-precision head must own "
             "its weight. Untie it first, e.g. head.weight = nn.Parameter(head.weight.detach().clone())"
         )
-    if head._forward_hooks or head._forward_pre_hooks or head.weight._backward_hooks:
+    hooks = (
+        head._forward_hooks,
+        head._forward_pre_hooks,
+        head._backward_hooks,
+        head._backward_pre_hooks,
+        head.weight._backward_hooks,
+        head.weight._post_accumulate_grad_hooks,
+    )
+    if any(hooks):
         raise ElmoError(f"convert_head: {where} has hooks, which would be lost; remove them first")
     owner = owner_of(head.weight)
     if owner is not None:

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from elmo_compile.errors import ElmoError
+from elmo_compile.numerics.rounding import round_nearest
 from elmo_compile.ops import linear  # registers elmo::lowp_linear
 from elmo_compile.ops.linear import carry
 
 STORAGE_DTYPES = (torch.bfloat16, torch.float8_e4m3fn)
 """What a head can be stored in."""
+
+WIDER = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What a head's weight can be loaded from, beside its own dtype."""
 
 
 class LowPrecisionLinear(nn.Linear):
@@ -67,12 +71,22 @@ class LowPrecisionLinear(nn.Linear):
         def apply(tensor: Tensor) -> Tensor:
             # Only the device and layout of the result matter; fp8 data never takes part in a cast.
             probe = fn(torch.empty(0, dtype=torch.float32, device=tensor.device))
+            if tensor.is_meta:
+                return torch.empty_like(tensor, device=probe.device)
             moved = tensor.to(device=probe.device)
             if probe.is_shared() and not moved.is_shared():
                 moved.share_memory_()
             return moved
 
         return apply
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As nn.Module's; wider weights are rounded to nearest and saturate on every device."""
+        key = f"{prefix}weight"
+        given = state_dict.get(key)
+        if isinstance(given, Tensor) and given.dtype in WIDER and not args[0].get("assign_to_params_buffers"):
+            state_dict = {**state_dict, key: round_nearest(given, self.storage_dtype)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_storage(self) -> None:
         if self.weight.dtype != self.storage_dtype:

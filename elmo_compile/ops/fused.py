@@ -1,7 +1,7 @@
 """`elmo::fused_head_loss`: linear + loss whose backward updates the weight instead of returning dW.
 
-The weight is not an argument: `handle` (int64 [3]: owner key, ticket, serial of the call) names it at run
-time. `anchor` is an empty tensor whose gradient flows to the weight's AccumulateGrad node, so that
+The weight is not an argument: `handle` (int64 [4]: owner key, ticket, serial of the call, whether the
+loss value is needed at once) names it at run time. `anchor` is an empty tensor whose gradient flows to the weight's AccumulateGrad node, so that
 autograd runs the backward op exactly when it would have computed the weight's gradient. `sink` is
 declared mutated by the backward op, which keeps it from being removed, merged or reordered.
 """
@@ -36,8 +36,17 @@ def open_call(owner: Owner) -> tuple[Tensor, Tensor, Tensor]:
     """(anchor, handle, sink) for one forward through a fused head, made outside the graph."""
     owner.in_use = True
     owner.accumulate_node = torch.autograd.graph.get_gradient_edge(owner.param).node
-    handle = torch.tensor([owner.key, owner.updates, new_serial()])
+    # A checkpoint around the call runs it again in backward, as another call with another loss
+    # tensor: the one the caller holds could not be filled in.
+    at_once = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    handle = torch.tensor([owner.key, owner.updates, new_serial(), int(at_once)])
     return Anchor.apply(owner.param), handle, torch.zeros((), dtype=torch.int64)
+
+
+def serial_if_deferred(handle: Tensor) -> int | None:
+    """The serial of a call whose loss is filled in by its backward; None if it is computed at once."""
+    _, _, serial, at_once = handle.tolist()
+    return None if at_once else int(serial)
 
 
 @torch.library.custom_op(
@@ -67,7 +76,7 @@ def fused_head_loss(
     spec = LossSpec.decode(loss)
     weight = owner_by_key(int(handle[0])).param.detach()
     problem = make_problem(x, weight, bias, target, target_aux, spec, chunk, compute)
-    if deferred and spec.name != CE:
+    if deferred and serial_if_deferred(handle) is not None and spec.name != CE:
         value, stats = fake_outputs(x, spec, compute)
         return value.fill_(float("nan")), stats
     rows_N, stats_N = kernels.select(x.device).forward(problem)
@@ -112,7 +121,8 @@ def fused_head_loss_backward(
     from elmo_compile import kernels
 
     spec = LossSpec.decode(loss)
-    key, ticket, serial = handle.tolist()
+    key, ticket, serial, at_once = handle.tolist()
+    need_value = deferred and not at_once and spec.name != CE
     owner = owner_by_key(key)
     weight = owner.param.detach()
     problem = make_problem(x, weight, bias, target, target_aux, spec, chunk, compute)
@@ -123,7 +133,7 @@ def fused_head_loss_backward(
         dx, _, db = family.backward(
             problem, stats, scale_N, need_dx=need_dx, need_dw=False, need_db=need_db
         )
-        if deferred and spec.name != CE:
+        if need_value:
             owner.fill_loss(serial, reduce_rows(family.forward(problem).rows_N, spec, factor))
     else:
         owner.check_ticket(ticket)
@@ -139,14 +149,13 @@ def fused_head_loss_backward(
                 update,
                 need_dx=need_dx,
                 need_db=need_db,
-                need_value=deferred and spec.name != CE,
+                need_value=need_value,
                 **guard,
             )
             if rows_N is not None:
                 owner.fill_loss(serial, reduce_rows(rows_N, spec, factor))
-    empty = x.new_empty(0)
     return (
-        empty if dx is None else dx.to(x.dtype),
+        x.new_empty(0) if dx is None else dx.to(x.dtype),
         x.new_empty(0) if db is None or bias is None else db.to(bias.dtype),
     )
 
@@ -206,6 +215,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, grad: Tensor, _grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise FusedUpdateError(
+            "a backward with create_graph=True reached a head whose update is fused into backward(); "
+            "second derivatives need an optimizer with fused=False"
+        )
     x, bias, target, target_aux, stats, handle, sink = ctx.saved_tensors
     need_dx, need_db = ctx.needs_input_grad[:2]
     dx, db = torch.ops.elmo.fused_head_loss_backward(

@@ -101,11 +101,11 @@ def head_loss_backward(
     dx, dw, db = kernels.select(x.device).backward(
         problem, stats, scale_N, need_dx=need_dx, need_dw=need_dw, need_db=need_db
     )
-    empty = x.new_empty(0)
+    # One empty tensor each: the outputs of an op may not alias.
     return (
-        empty if dx is None else dx.to(x.dtype),
-        empty if dw is None else dw.to(gradient_dtype(weight)),
-        empty if db is None or bias is None else db.to(bias.dtype),
+        x.new_empty(0) if dx is None else dx.to(x.dtype),
+        x.new_empty(0) if dw is None else dw.to(gradient_dtype(weight)),
+        x.new_empty(0) if db is None or bias is None else db.to(bias.dtype),
     )
 
 
@@ -120,9 +120,8 @@ def _(
     stats: Any, loss: str, scale: float, divisor: int, chunk: int, compute: torch.dtype,
     need_dx: bool, need_dw: bool, need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    empty = x.new_empty(0)
     return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else empty,
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else x.new_empty(0),
         torch.empty(weight.shape, dtype=gradient_dtype(weight), device=x.device)
         if need_dw
         else x.new_empty(0),

@@ -75,7 +75,8 @@ def lowp_linear_backward(
 ) -> tuple[Tensor, Tensor]:
     L, D = weight.shape
     g_NL, x_ND = grad.reshape(-1, L), x.reshape(-1, D)
-    dx = torch.zeros(x_ND.shape, device=x.device, dtype=torch.float32 if need_dx else x.dtype)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dx = torch.zeros(x_ND.shape if need_dx else (0,), device=x.device, dtype=wide)
     dw = torch.empty((L, D) if need_dw else (0,), device=x.device, dtype=torch.float32)
     steps = _chunks(weight, x.dtype)
     for start in steps:
