@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Hashable
 
+from elmo_compile.report.calls import current_call
 from elmo_compile.report.records import Report, Section
 
 KEPT = 64
@@ -29,11 +30,14 @@ def record(section: Section, *, group: Hashable = None) -> Report:
     Args:
         section: the graph.
         group: what the graph belongs to. Sections of one group make one report, a section of the
-            same name replacing the earlier one. None: a report of its own.
+            same name replacing the earlier one. None: the call of a compiled function that is
+            being compiled for (its graph breaks make several graphs); outside of one, a report
+            of its own.
 
     Returns:
         The report the section is now in, which is also the last one.
     """
+    group = current_call() if group is None else group
     with _lock:
         report = Report((section,))
         known = [e for e in _entries if group is not None and e.group == group]

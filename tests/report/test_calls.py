@@ -1,0 +1,83 @@
+"""The graphs of one call make one report; another call makes another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from elmo_compile import report
+from elmo_compile.report import Section
+from elmo_compile.report.calls import current_call
+
+
+@pytest.fixture(autouse=True)
+def _empty_store():
+    torch._dynamo.reset()
+    report.clear()
+    yield
+    report.clear()
+    torch._dynamo.reset()
+
+
+def recording(graph, inputs):
+    """A backend that records every graph under the graph's own operations."""
+    called = [n.name for n in graph.graph.nodes if n.op == "call_method"]
+    report.record(Section(name="-".join(called)))
+    return graph.forward
+
+
+def names() -> list[list[str]]:
+    """Section names of every report."""
+    return [[section.name for section in found.sections] for found in report.reports()]
+
+
+def broken(x):
+    """Three graphs: before a break, in a function it calls, and after."""
+    y = x.sin()
+    torch._dynamo.graph_break()
+    y = helper(y)
+    torch._dynamo.graph_break()
+    return y.tan()
+
+
+def helper(y):
+    """A graph break of its own."""
+    y = y.cos()
+    torch._dynamo.graph_break()
+    return y.exp()
+
+
+def test_outside_of_a_call():
+    assert current_call() is None
+
+
+def test_graph_breaks_stay_in_one_report():
+    torch.compile(broken, backend=recording)(torch.ones(3))
+    (sections,) = names()
+    assert {"sin", "cos", "exp", "tan"} == set(sections)
+
+
+def test_calls_in_turn_are_apart():
+    for function in (lambda x: x.sin(), lambda x: x.cos(), broken, lambda x: x.tan()):
+        torch.compile(function, backend=recording)(torch.ones(3))
+    found = names()
+    assert len(found) == 4
+    assert [len(sections) for sections in found] == [1, 1, 4, 1]
+
+
+def test_modules_with_a_graph_break():
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            return broken(x)
+
+    for _ in range(2):
+        torch._dynamo.reset()
+        torch.compile(Broken(), backend=recording)(torch.ones(3))
+    assert [len(sections) for sections in names()] == [4, 4]
+
+
+def test_a_recompilation_is_a_call_of_its_own():
+    compiled = torch.compile(lambda x: x.sin(), backend=recording, dynamic=False)
+    compiled(torch.ones(3))
+    compiled(torch.ones(4))
+    assert names() == [["sin"], ["sin"]]
