@@ -21,7 +21,7 @@ def _empty_store():
 
 def recording(graph, inputs):
     """A backend that records every graph under the graph's own operations."""
-    called = [n.name for n in graph.graph.nodes if n.op == "call_method"]
+    called = [str(n.target) for n in graph.graph.nodes if n.op == "call_method"]
     report.record(Section(name="-".join(called)))
     return graph.forward
 
