@@ -64,7 +64,7 @@ class CompiledGraph:
     def __call__(self, *inputs: Any) -> Any:
         treatments = self.treatments(inputs)
         variant, compiled = self._variant(tuple(treatment.kind for treatment in treatments))
-        self._notice_lost_owners([treatment.owner for treatment in treatments])
+        self._notice_lost_owners(treatments, inputs)
         arguments = self._arguments(variant, inputs)
         results = compiled(*arguments)
         self._open_losses(variant, arguments, treatments, results)
@@ -138,31 +138,34 @@ class CompiledGraph:
         owner, why = (None, head.unfusable) if head.unfusable else _owner(head, weight, inputs)
         return Treatment("gradient" if owner is None else "fused", owner, why)
 
-    def _notice_lost_owners(self, owners: list[Owner | None]) -> None:
+    def _notice_lost_owners(self, treatments: list[Treatment], inputs: Sequence[Any]) -> None:
         """Warn, once, where a head that was fused is now called with a weight nobody owns."""
         if not (self.grad and torch.is_grad_enabled()):
             return
-        for position, owner in enumerate(owners):
+        for position, (head, treatment) in enumerate(zip(self.analysis.heads, treatments)):
+            if treatment.owner is not None:
+                self._was_fused[position] = weakref.ref(treatment.owner)
+                continue
             reference = self._was_fused[position]
             before = None if reference is None else reference()
-            if owner is not None:
-                self._was_fused[position] = weakref.ref(owner)
-            elif before is not None and not before.superseded:
+            if before is None or before.superseded or head.weight_input is None:
+                continue
+            weight = inputs[head.weight_input]
+            if weight.requires_grad and owner_of(weight) is None:
                 before.replaced_by_unowned = True
                 if not self._warned:
                     self._warned = True
                     warnings.warn(
-                        f"elmo_compile: the head weight {before.name} was updated inside backward() "
-                        "until now, but this call uses a Parameter that no elmo_compile optimizer "
-                        "owns (load_state_dict(assign=True), a deepcopy, an EMA copy?). It gets an "
-                        "ordinary gradient; construct the optimizer again if it is to be trained",
+                        f"elmo_compile: the head weight {before.name} was updated inside "
+                        "backward() until now, but this call uses a Parameter that no "
+                        "elmo_compile optimizer owns (load_state_dict(assign=True), a deepcopy, "
+                        "an EMA copy?). It gets an ordinary gradient; construct the optimizer "
+                        "again if it is to be trained",
                         stacklevel=3,
                     )
 
 
-def _owner(
-    head: PlannedHead, weight: Tensor, inputs: Sequence[Any]
-) -> tuple[Owner | None, str]:
+def _owner(head: PlannedHead, weight: Tensor, inputs: Sequence[Any]) -> tuple[Owner | None, str]:
     """Who updates a head's weight in this call, or why nobody does."""
     owner = owner_of(weight)
     if owner is None:
@@ -190,7 +193,7 @@ def _under_ddp(weight: Tensor) -> bool:
         return False
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel._get_active_ddp_module() is not None
+    return DistributedDataParallel._get_active_ddp_module() is not None  # type: ignore[no-untyped-call]
 
 
 _CALL_REASONS: tuple[tuple[str, Callable[[Tensor], bool]], ...] = (

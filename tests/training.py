@@ -72,10 +72,10 @@ def reference(model: nn.Module, steps: int, lr: float = 0.5, **hyper: Any) -> nn
     return twin
 
 
-def train(step: Any, opt: torch.optim.Optimizer, steps: int) -> list[float]:
-    """The ordinary loop on batches 0, 1, ...; returns the losses."""
+def train(step: Any, opt: torch.optim.Optimizer, steps: int, start: int = 0) -> list[float]:
+    """The ordinary loop on batches start, start + 1, ...; returns the losses."""
     losses = []
-    for i in range(steps):
+    for i in range(start, start + steps):
         loss = step(*batch(i))
         loss.backward()
         opt.step()
@@ -94,5 +94,9 @@ def assert_same(model: nn.Module, twin: nn.Module, tolerance: float = 2e-6) -> N
     wanted = dict(twin.named_parameters())
     for name, param in model.named_parameters():
         torch.testing.assert_close(
-            param.detach(), wanted[name].detach(), rtol=1e-5, atol=tolerance, msg=lambda m, n=name: n + m
+            param.detach(),
+            wanted[name].detach(),
+            rtol=1e-5,
+            atol=tolerance,
+            msg=lambda m, n=name: n + m,
         )

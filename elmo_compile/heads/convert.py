@@ -35,8 +35,8 @@ def convert_head(
 ) -> M:
     """Store a model's head in bf16 or fp8: no float32 copy of its weight remains.
 
-    `w <- round(w)`. The bias stays (or becomes) float32. Call it before the optimizer is made, since
-    the head gets a new Parameter. The share of weights that was rounded to zero is logged
+    `w <- round(w)`. The bias stays (or becomes) float32. Call it before the optimizer is made,
+    since the head gets a new Parameter. The share of weights that was rounded to zero is logged
     (logger "elmo_compile") and kept as `head.rounded_to_zero`.
 
     Args:
@@ -135,7 +135,8 @@ def find_head(model: nn.Module, name: str | None) -> tuple[str, nn.Linear]:
     if name is not None:
         if name not in linears:
             raise OptionError(
-                f"convert_head: no nn.Linear is called {name!r}; there are: {sorted(linears) or 'none'}"
+                f"convert_head: no nn.Linear is called {name!r}; there are: "
+                f"{sorted(linears) or 'none'}"
             )
         return name, linears[name]
     if not linears:
@@ -159,8 +160,9 @@ def _check_convertible(model: nn.Module, path: str, head: nn.Linear) -> None:
     readers = [n for n, p in model.named_parameters(remove_duplicate=False) if p is head.weight]
     if len(readers) > 1:
         raise ElmoError(
-            f"convert_head: the weight of {where} is tied ({readers}); a low-precision head must own "
-            "its weight. Untie it first, e.g. head.weight = nn.Parameter(head.weight.detach().clone())"
+            f"convert_head: the weight of {where} is tied ({readers}); a low-precision head must "
+            "own its weight. Untie it first, e.g. "
+            "head.weight = nn.Parameter(head.weight.detach().clone())"
         )
     hooks = (
         head._forward_hooks,

@@ -31,13 +31,16 @@ class LowPrecisionLinear(nn.Linear):
     """
 
     storage_dtype: torch.dtype
+    """What the weight is stored in, whatever the model is cast to."""
+    rounded_to_zero: float
+    """Share of the weights that the conversion made zero."""
 
     @classmethod
     def of(cls, head: nn.Linear, dtype: torch.dtype) -> LowPrecisionLinear:
         """A head shaped like `head` with uninitialised weights, on its device."""
         with torch.device("meta"):
             new = cls(head.in_features, head.out_features, bias=head.bias is not None)
-        new.storage_dtype = dtype
+        new.storage_dtype, new.rounded_to_zero = dtype, 0.0
         device = head.weight.device
         new.weight = nn.Parameter(
             torch.empty(head.weight.shape, dtype=dtype, device=device),
@@ -63,8 +66,8 @@ class LowPrecisionLinear(nn.Linear):
         return z
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> LowPrecisionLinear:
-        """Apply a move or cast, keeping storage dtypes: `fn` sees bf16/fp8 data and is then undone."""
-        super()._apply(self._keeping_dtype(fn), recurse)
+        """Apply a move or cast, but keep the storage dtypes."""
+        super()._apply(self._keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _keeping_dtype(self, fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -74,8 +77,8 @@ class LowPrecisionLinear(nn.Linear):
             if tensor.is_meta:
                 return torch.empty_like(tensor, device=probe.device)
             moved = tensor.to(device=probe.device)
-            if probe.is_shared() and not moved.is_shared():
-                moved.share_memory_()
+            if probe.is_shared() and not moved.is_shared():  # type: ignore[no-untyped-call]
+                moved.share_memory_()  # type: ignore[no-untyped-call]
             return moved
 
         return apply
@@ -84,7 +87,11 @@ class LowPrecisionLinear(nn.Linear):
         """As nn.Module's; wider weights are rounded to nearest and saturate on every device."""
         key = f"{prefix}weight"
         given = state_dict.get(key)
-        if isinstance(given, Tensor) and given.dtype in WIDER and not args[0].get("assign_to_params_buffers"):
+        if (
+            isinstance(given, Tensor)
+            and given.dtype in WIDER
+            and not args[0].get("assign_to_params_buffers")
+        ):
             state_dict = {**state_dict, key: round_nearest(given, self.storage_dtype)}
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -1,4 +1,4 @@
-"""What the head's ops share: checking inputs, building the kernels' problem, reducing row losses."""
+"""What the head's ops share: checking inputs, the kernels' problem, reducing row losses."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """`elmo::fused_head_loss`: linear + loss whose backward updates the weight instead of returning dW.
 
-The weight is not an argument: `handle` (int64 [4]: owner key, ticket, serial of the call, whether the
-loss value is needed at once) names it at run time. `anchor` is an empty tensor whose gradient flows to the weight's AccumulateGrad node, so that
-autograd runs the backward op exactly when it would have computed the weight's gradient. `sink` is
-declared mutated by the backward op, which keeps it from being removed, merged or reordered.
+The weight is not an argument: `handle` (int64 [4]: owner key, ticket, serial of the call, whether
+the loss value is needed at once) names it at run time. `anchor` is an empty tensor whose gradient
+flows to the weight's AccumulateGrad node, so that autograd runs the backward op exactly when it
+would have computed the weight's gradient. `sink` is declared mutated by the backward op, which
+keeps it from being removed, merged or reordered.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ class Anchor(torch.autograd.Function):
         return None
 
 
+ANCHOR_NODE = "AnchorBackward"
+"""What autograd calls the anchor's node."""
+
+
 def open_call(owner: Owner) -> tuple[Tensor, Tensor, Tensor]:
     """(anchor, handle, sink) for one forward through a fused head, made outside the graph."""
     owner.in_use = True
@@ -40,11 +45,12 @@ def open_call(owner: Owner) -> tuple[Tensor, Tensor, Tensor]:
     # tensor: the one the caller holds could not be filled in.
     at_once = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     handle = torch.tensor([owner.key, owner.updates, new_serial(), int(at_once)])
-    return Anchor.apply(owner.param), handle, torch.zeros((), dtype=torch.int64)
+    anchor: Tensor = Anchor.apply(owner.param)  # type: ignore[no-untyped-call]
+    return anchor, handle, torch.zeros((), dtype=torch.int64)
 
 
 def serial_if_deferred(handle: Tensor) -> int | None:
-    """The serial of a call whose loss is filled in by its backward; None if it is computed at once."""
+    """The serial of a call whose loss its backward fills in; None if it is computed at once."""
     _, _, serial, at_once = handle.tolist()
     return None if at_once else int(serial)
 
@@ -184,8 +190,9 @@ def _weight_is_wanted(owner: Owner) -> bool:
         return bool(torch._C._will_engine_execute_node(owner.accumulate_node))
     except RuntimeError as error:
         raise FusedUpdateError(
-            f"the gradient of the head weight {owner.name} was asked for (torch.autograd.grad), but "
-            "its update is fused and no gradient exists; construct the optimizer with fused=False"
+            f"the gradient of the head weight {owner.name} was asked for (torch.autograd.grad), "
+            "but its update is fused and no gradient exists; construct the optimizer with "
+            "fused=False"
         ) from error
 
 
@@ -208,7 +215,7 @@ def _guard(owner: Owner, x: Tensor, scale_N: Tensor) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, bias, target, target_aux, anchor, handle, sink, *config = inputs
+    x, bias, target, target_aux, _anchor, handle, sink, *config = inputs
     ctx.save_for_backward(x, bias, target, target_aux, output[1], handle, sink)
     ctx.config = config
     ctx.mark_non_differentiable(output[1])
@@ -217,8 +224,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, grad: Tensor, _grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise FusedUpdateError(
-            "a backward with create_graph=True reached a head whose update is fused into backward(); "
-            "second derivatives need an optimizer with fused=False"
+            "a backward with create_graph=True reached a head whose update is fused into "
+            "backward(); second derivatives need an optimizer with fused=False"
         )
     x, bias, target, target_aux, stats, handle, sink = ctx.saved_tensors
     need_dx, need_db = ctx.needs_input_grad[:2]

@@ -36,7 +36,7 @@ def carry(weight: Tensor) -> Tensor:
     """The carrier of `weight`, whose `.grad` will be float32 and accumulate as usual."""
     if weight.is_leaf and weight.requires_grad and weight.grad_dtype != torch.float32:
         weight.grad_dtype = torch.float32
-    carrier: Tensor = Carrier.apply(weight)
+    carrier: Tensor = Carrier.apply(weight)  # type: ignore[no-untyped-call]
     return carrier
 
 

@@ -60,8 +60,9 @@ def multi_hot(indices: Tensor, num_classes: int, *, offsets: Tensor | None = Non
         raise InputError(f"multi_hot: indices must be int64, got {indices.dtype}")
     if indices.ndim != (2 if offsets is None else 1):
         raise InputError(
-            "multi_hot: indices must be [N, P] padded with -1, or [M] together with offsets [N + 1]; "
-            f"got shape {tuple(indices.shape)} with offsets={'None' if offsets is None else 'given'}"
+            "multi_hot: indices must be [N, P] padded with -1, or [M] together with offsets "
+            f"[N + 1]; got shape {tuple(indices.shape)} and "
+            f"{'no offsets' if offsets is None else 'offsets'}"
         )
     if offsets is not None and (
         offsets.ndim != 1 or offsets.dtype not in (torch.int64, torch.int32)

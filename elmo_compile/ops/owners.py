@@ -50,7 +50,7 @@ class Owner:
         self.in_use = False
         """A compiled graph fuses this weight's update."""
         self.replaced_by_unowned = False
-        """Since the last update this head was called, with gradients on, with a weight nobody owns."""
+        """Since its last update the head was called, gradients on, with a weight nobody owns."""
         self.invalid: Tensor | None = None
         """CUDA: int32 flag, non-zero once an input was invalid and the update was not applied."""
         self.accumulate_node: Any = None
@@ -77,8 +77,8 @@ class Owner:
             )
         if self.inconsistent:
             raise FusedUpdateError(
-                f"the head weight {self.name} is inconsistent: an earlier backward stopped while it "
-                "was being updated. Load it and the optimizer's state from the last checkpoint"
+                f"the head weight {self.name} is inconsistent: an earlier backward stopped while "
+                "it was being updated. Load it and the optimizer's state from the last checkpoint"
             )
         if ticket != self.updates:
             raise FusedUpdateError(
@@ -89,9 +89,10 @@ class Owner:
             )
         if self.pending:
             raise FusedUpdateError(
-                f"a second backward would update the head weight {self.name} before opt.step() was "
-                "called. Call opt.step() after every backward; to accumulate gradients over several "
-                "backwards use update_at='step' with accumulate=, or fused=False"
+                f"a second backward would update the head weight {self.name} before opt.step() "
+                "was called (the step of the elmo_compile optimizer that owns it; delete that "
+                "optimizer if another one trains the weight now). Call it after every backward; to "
+                "accumulate gradients use update_at='step' with accumulate=, or fused=False"
             )
 
     def check_invalid(self) -> None:
@@ -146,7 +147,7 @@ def unregister(owner: Owner) -> None:
 
 def owner_of(param: Tensor) -> Owner | None:
     """The live owner of this very Parameter object, or None."""
-    reference = _by_param.get(param)
+    reference = _by_param.get(param)  # type: ignore[no-untyped-call]
     return None if reference is None else reference()
 
 

@@ -5,13 +5,14 @@ loss would be applied to it scaled. Two functions of torch are wrapped, once, wh
 optimizer is made; both wrappers do nothing unless a fused head is involved.
 
 Private names: `torch.nn.utils.clip_grad._clip_grads_with_norm_`, looked up by `clip_grad_norm_` at
-every call, so that `from torch.nn.utils import clip_grad_norm_` is covered too (torch 2.11 to 2.13).
+every call, so that `from torch.nn.utils import clip_grad_norm_` is covered too (torch 2.11 to
+2.13). A `clip_grad_value_` imported by name before the first fused optimizer was made is not.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad
 
 from elmo_compile.errors import FusedUpdateError
-from elmo_compile.ops.owners import Owner, live_owners, owner_of
+from elmo_compile.ops.fused import ANCHOR_NODE
+from elmo_compile.ops.owners import live_owners, owner_of
 
 _MARK = "_elmo_compile_guard"
 
@@ -39,40 +41,64 @@ def _wrap(where: Any, name: str, check: Any) -> None:
 
     @functools.wraps(original)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        check(*args, **kwargs)
+        if live_owners():
+            args, kwargs = check(args, kwargs)
         return original(*args, **kwargs)
 
     setattr(checked, _MARK, original)
     setattr(where, name, checked)
 
 
-def fused_owner(param: Tensor) -> Owner | None:
-    """The owner of a weight whose update is fused by a compiled graph, or None."""
-    owner = owner_of(param)
-    return owner if owner is not None and owner.in_use and not owner.superseded else None
-
-
-def _refuse_clipping(parameters: Any, *args: Any, **kwargs: Any) -> None:
-    given: Iterable[Any] = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    for param in given:
-        owner = fused_owner(param) if isinstance(param, Tensor) else None
-        if owner is not None:
+def _refuse_clipping(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Check the parameters; a generator of them is replaced by what it gave."""
+    given = args[0] if args else kwargs["parameters"]
+    params = [given] if isinstance(given, Tensor) else list(given)
+    for param in params:
+        owner = owner_of(param)
+        if owner is None or not owner.in_use or owner.superseded:
+            continue
+        if owner.pending or param.grad is None:  # otherwise this step was not fused
             raise FusedUpdateError(
-                f"gradient clipping was asked for, but the update of the head weight {owner.name} is "
-                "fused into backward(): it is applied already and has no gradient to clip. Leave "
-                "that parameter out, construct the optimizer with fused=False, or clip inside the "
+                f"gradient clipping was asked for, but the update of the head weight {owner.name} "
+                "is fused into backward(): it is applied already and has no gradient to clip. "
+                "Leave that parameter out, construct the optimizer with fused=False, or clip inside the "
                 "optimizer with max_norm= and update_at='step'"
             )
+    if args:
+        return (params, *args[1:]), kwargs
+    return args, {**kwargs, "parameters": params}
 
 
-def _refuse_scaling(self: Any, *args: Any, **kwargs: Any) -> None:
-    if not self.is_enabled():
-        return
-    for owner in live_owners():
-        if owner.in_use and not owner.superseded:
+def _refuse_scaling(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    scaler = args[0] if args else None
+    outputs = args[1] if len(args) > 1 else kwargs.get("outputs")
+    if scaler is not None and scaler.is_enabled():
+        for weight in _anchored(outputs):
+            owner = owner_of(weight)
+            name = owner.name if owner is not None else str(tuple(weight.shape))
             raise FusedUpdateError(
-                f"GradScaler would scale the loss of the head weight {owner.name}, whose update is "
+                f"GradScaler would scale the loss of the head weight {name}, whose update is "
                 "fused into backward() and cannot be unscaled or skipped. bfloat16 needs no "
                 "GradScaler; otherwise construct the optimizer with fused=False, or use "
                 "update_at='step'"
             )
+    return args, kwargs
+
+
+def _anchored(outputs: Any) -> Iterator[Tensor]:
+    """The weights that a backward from these tensors would update."""
+    if not isinstance(outputs, Tensor):
+        for item in outputs if isinstance(outputs, Iterable) else ():
+            yield from _anchored(item)
+        return
+    work: list[Any] = [outputs.grad_fn]
+    seen: set[Any] = set()
+    while work:
+        node = work.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == ANCHOR_NODE:
+            accumulate: Any = node.next_functions[0][0]
+            yield accumulate.variable
+        work.extend(parent for parent, _ in node.next_functions)

@@ -1,6 +1,8 @@
-"""An update applied to a gradient that exists: the same arithmetic and rounding as the fused one."""
+"""An update from a gradient that exists: the same arithmetic and rounding as the fused one."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -22,6 +24,10 @@ def apply_update(param: Tensor, grad: Tensor, update: Update) -> None:
     if grad.is_sparse:
         _apply_sparse(param, grad, update)
         return
+    if param.is_complex():
+        buffer = None if update.buffer is None else torch.view_as_real(update.buffer)
+        update = dataclasses.replace(update, buffer=buffer)
+        param, grad = torch.view_as_real(param), torch.view_as_real(grad)
     if param.dim() < 2:
         _apply_block(param, grad, update.buffer, update, 0)
         return

@@ -13,9 +13,12 @@ from torch import Tensor
 from elmo_compile.errors import FusedUpdateError, OptionError
 from elmo_compile.numerics.philox import ROUNDING_VERSION
 from elmo_compile.numerics.update import Rounding, Update
-from elmo_compile.ops.owners import Owner, owner_of, register
+from elmo_compile.ops.owners import Owner, owner_of, register, unregister
 from elmo_compile.optim import guards, options
 from elmo_compile.optim.ordinary import apply_update
+
+_MODE = ("fused", "update_at", "accumulate", "max_norm", "nonfinite")
+"""Entries of a group that say how to update, not by how much."""
 
 
 class SGD(torch.optim.Optimizer):
@@ -64,8 +67,7 @@ class SGD(torch.optim.Optimizer):
         max_norm: float | None = None,
         nonfinite: str = "error",
     ) -> None:
-        self._owners: dict[int, Owner] = {}
-        """By position of the parameter (its rounding stream)."""
+        self._owners: list[Owner] = []
         self._next_id = 0
         self._warned = self._stepped = False
         super().__init__(
@@ -98,7 +100,7 @@ class SGD(torch.optim.Optimizer):
 
     def fused_parameters(self) -> list[Tensor]:
         """The weights whose update a compiled graph has fused so far."""
-        return [owner.param for owner in self._owners.values() if owner.in_use]
+        return [owner.param for owner in self._owners if owner.in_use]
 
     @torch.compiler.disable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -106,11 +108,14 @@ class SGD(torch.optim.Optimizer):
 
         Raises:
             FusedUpdateError: a fused head also received a dense gradient; another optimizer took a
-                weight over; a weight is inconsistent or was replaced by one nobody owns; a closure
-                was given although a head is fused. Nothing is modified.
+                weight over; a weight is inconsistent or was replaced by one nobody owns. Nothing
+                is modified.
             InputError: on CUDA, a head's input was invalid and its update was not applied.
         """
-        loss = self._closure(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         self._check_owners()
         with torch.no_grad():
             for group in self.param_groups:
@@ -118,69 +123,84 @@ class SGD(torch.optim.Optimizer):
                     if param.grad is not None:
                         apply_update(param, param.grad, self._update(group, param, param_id))
                         self._count(param)
-        for owner in self._owners.values():
+        for owner in self._owners:
             owner.pending = False
         self._warn_if_nothing_fused()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim; holds rounding streams and counters, so that a resumed run continues."""
-        for owner in self._owners.values():
+        for owner in self._owners:
             if owner.inconsistent:
                 raise FusedUpdateError(_inconsistent(owner))
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim, buffers keeping the dtype they were saved in.
+        """As torch.optim; how to update (`fused`, `update_at`, ...) stays as constructed.
 
         Raises:
             OptionError: the state was saved by a version with other rounding bits.
         """
-        for group in state_dict["param_groups"]:
+        groups = []
+        for group, mine in zip(state_dict["param_groups"], self.param_groups):
             version = group.get("rounding_version")
             if version != ROUNDING_VERSION:
                 raise OptionError(
                     f"this optimizer state has rounding_version={version!r}; this version of "
                     f"elmo_compile continues only rounding_version={ROUNDING_VERSION}"
                 )
+            groups.append({**group, **{key: mine[key] for key in _MODE}})
+        if len(groups) == len(state_dict["param_groups"]):
+            state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict(state_dict)
+        self._restore_buffers(state_dict)
+        for owner in self._owners:
+            owner.inconsistent = owner.pending = False
+
+    def _restore_buffers(self, state_dict: dict[str, Any]) -> None:
+        """Momentum as saved: torch.optim casts it to the weight's dtype, which may be fp8."""
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for index, param in zip(saved, params):
             buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
             if buffer is not None:
-                self.state[param]["momentum_buffer"] = buffer.to(param.device, copy=True)
-        for owner in self._owners.values():
-            owner.inconsistent = owner.pending = False
+                self.state[param]["momentum_buffer"] = buffer.to(
+                    param.device, _buffer_dtype(param.dtype), copy=True
+                )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if not hasattr(self, "_owners"):
-            self._owners, self._warned, self._stepped = {}, False, False
+            self._owners, self._warned, self._stepped = [], False, False
         ids = [i for group in self.param_groups for i in group["param_ids"]]
         self._next_id = 1 + max(ids, default=-1)
         self._register()
 
     def _register(self) -> None:
-        """Own every matrix of a fused group that this optimizer does not own yet."""
+        """Own every matrix of a fused group, and nothing else."""
+        owned = {id(owner.param): owner for owner in self._owners}
+        wanted: list[Owner] = []
         for group in self.param_groups:
             if not group["fused"]:
                 continue
             guards.install()
+            names = group.get("param_names")
             for index, (param, param_id) in enumerate(zip(group["params"], group["param_ids"])):
-                owned = self._owners.get(param_id)
-                if param.dim() == 2 and (owned is None or owned.param is not param):
-                    names = group.get("param_names")
+                if param.dim() == 2:
                     name = names[index] if names else f"#{param_id} {tuple(param.shape)}"
-                    self._own(param, param_id, name)
+                    known = owned.pop(id(param), None) if id(param) in owned else None
+                    wanted.append(known or self._own(param, name))
+        for owner in owned.values():
+            unregister(owner)
+        self._owners = wanted
 
-    def _own(self, param: Tensor, param_id: int, name: str) -> None:
+    def _own(self, param: Tensor, name: str) -> Owner:
         # The registry must not keep a discarded optimizer alive.
         me, this = weakref.ref(self), weakref.ref(param)
         owner = Owner(param, name, lambda: _alive(me)._update(*_alive(me)._find(_alive(this))))
         owner.on_update = lambda: _alive(me)._count(_alive(this))
         register(owner)
-        self._owners[param_id] = owner
+        return owner
 
     def _find(self, param: Tensor) -> tuple[dict[str, Any], Tensor, int]:
         for group in self.param_groups:
@@ -198,8 +218,9 @@ class SGD(torch.optim.Optimizer):
         if group["momentum"] and buffer is None:
             buffer = torch.zeros_like(param, dtype=_buffer_dtype(param.dtype))
             state["momentum_buffer"] = buffer
-        if buffer is not None and buffer.device != param.device:
-            buffer = state["momentum_buffer"] = buffer.to(param.device)
+        if buffer is not None:  # The weight may have been moved or cast by `.to()`.
+            buffer = buffer.to(param.device, _buffer_dtype(param.dtype))
+            state["momentum_buffer"] = buffer
         return Update(
             lr=float(group["lr"]),
             weight_decay=group["weight_decay"],
@@ -216,20 +237,8 @@ class SGD(torch.optim.Optimizer):
         state = self.state[param]
         state["step"] = state.get("step", 0) + 1
 
-    def _closure(self, closure: Callable[[], float] | None) -> float | None:
-        if closure is None:
-            return None
-        if self.fused_parameters():
-            raise FusedUpdateError(
-                "step(closure) was called, but a head's update is fused into backward(), so the "
-                "closure's backward would update it each time it is evaluated. Run forward and "
-                "backward yourself and call step(), or construct the optimizer with fused=False"
-            )
-        with torch.enable_grad():
-            return closure()
-
     def _check_owners(self) -> None:
-        for owner in self._owners.values():
+        for owner in self._owners:
             if owner.superseded:
                 raise FusedUpdateError(
                     f"the head weight {owner.name} belongs to a newer elmo_compile optimizer; step "
@@ -241,8 +250,9 @@ class SGD(torch.optim.Optimizer):
                 raise FusedUpdateError(
                     f"the head weight {owner.name} was updated inside backward() and also received "
                     "a dense gradient: another use of the weight (a tied embedding, a penalty, an "
-                    "uncompiled call) is outside the compiled head. Construct the optimizer with "
-                    "fused=False, or use the weight in one place"
+                    "uncompiled call) is outside the compiled head, or an older gradient was left "
+                    "in .grad. Construct the optimizer with fused=False, use the weight in one "
+                    "place, or clear gradients with zero_grad(set_to_none=True)"
                 )
             if owner.in_use and owner.replaced_by_unowned and not owner.pending:
                 raise FusedUpdateError(
@@ -258,10 +268,10 @@ class SGD(torch.optim.Optimizer):
         if first and wanted and not self.fused_parameters() and not self._warned:
             self._warned = True
             warnings.warn(
-                "elmo_compile.optim.SGD is used, but no head's update was fused: either the model is "
-                'not compiled with backend="elmo", or no head was rewritten (see '
+                "elmo_compile.optim.SGD is used, but no head's update was fused: either the model "
+                'is not compiled with backend="elmo", or no head was rewritten (see '
                 "elmo_compile.last_report()). Pass fused=False to silence this",
-                stacklevel=4,
+                stacklevel=5,  # step() inside torch's two wrappers
             )
 
 

@@ -1,0 +1,164 @@
+"""Promise 7: what a fused update cannot do says so, and nothing is modified."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn.utils import clip_grad_norm_  # before any optimizer was made
+from training import EAGER, assert_same, batch, compiled, net, owned, reference, train
+
+import elmo_compile as elmo
+from elmo_compile.errors import FusedUpdateError, OptionError
+
+CLIPS = [
+    pytest.param(lambda params: clip_grad_norm_(params, 0.1), id="imported before"),
+    pytest.param(lambda params: torch.nn.utils.clip_grad_norm_(params, 0.1), id="norm"),
+    pytest.param(lambda params: torch.nn.utils.clip_grad_value_(params, 0.01), id="value"),
+]
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_clipping_a_fused_head_raises(clip) -> None:
+    model = net()
+    step, opt = owned(model)
+    step(*batch()).backward()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    with pytest.raises(FusedUpdateError, match="max_norm"):
+        clip(model.parameters())
+    with pytest.raises(FusedUpdateError, match="max_norm"):
+        clip(list(model.parameters()))
+    with pytest.raises(FusedUpdateError, match="max_norm"):
+        clip(model.head.weight)
+    after = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(after, before))
+    opt.step()
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("case", ["other model", "not fused", "head left out"])
+def test_clipping_without_a_fused_head_works(clip, case: str) -> None:
+    fused = net(seed=5)
+    step, opt = owned(fused)
+    step(*batch()).backward()
+    model = net()
+    if case == "not fused":
+        opt = elmo.optim.SGD(model.parameters(), 0.5, fused=False)
+        step = compiled(model)
+        step(*batch()).backward()
+    elif case == "other model":
+        model(*batch()).backward()
+    else:
+        model = fused.encoder
+    twin = copy.deepcopy(model)
+    for mine, theirs in zip(model.parameters(), twin.parameters()):
+        theirs.grad = mine.grad.clone()
+    clip(model.parameters())  # a generator
+    names = {"norm": 0.1, "value": 0.01}
+    del names
+    limit = max(float(p.grad.abs().max()) for p in model.parameters())
+    assert 0 < limit <= 0.1
+    assert any(
+        not torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), twin.parameters())
+    )
+    del opt
+
+
+def test_clipping_after_an_unfused_backward_works() -> None:
+    model = net()
+    step, opt = owned(model)
+    train(step, opt, 1)
+    handle = model.head.weight.register_hook(lambda grad: None)
+    step(*batch()).backward()
+    clip_grad_norm_(model.parameters(), 0.1)
+    total = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert float(total) <= 0.1001
+    opt.step()
+    handle.remove()
+
+
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+def test_grad_scaler_is_refused(lower: str) -> None:
+    model = net()
+    step, opt = owned(model, {**EAGER, "lower": lower})
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with pytest.raises(FusedUpdateError, match="GradScaler"):
+        scaler.scale(step(*batch()))
+    with pytest.raises(FusedUpdateError, match="GradScaler"):
+        scaler.scale([step(*batch()) * 2])
+    other = net(seed=3)
+    scaler.scale(other(*batch())).backward()  # has nothing to do with the fused head
+    torch.amp.GradScaler("cpu", enabled=False).scale(step(*batch())).backward()
+    opt.step()
+    assert_same(model, reference(net(), 1))
+
+
+def test_float16_autocast_with_grad_scaler_is_not_fused() -> None:
+    model = net()
+    want = reference(model, 1)
+    step, opt = owned(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with torch.autocast("cpu", torch.float16):
+        loss = step(*batch())
+    scaler.scale(loss).backward()
+    assert model.head.weight.grad is not None
+    scaler.unscale_(opt)
+    clip_grad_norm_(model.parameters(), 100.0)
+    with pytest.warns(UserWarning, match="no head's update was fused"):
+        scaler.step(opt)
+    scaler.update()
+    assert_same(model, want, tolerance=2e-3)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"update_at": "step"}, {"accumulate": "sum"}, {"max_norm": 1.0}, {"nonfinite": "skip"}],
+    ids=str,
+)
+def test_what_must_see_the_whole_gradient_is_refused(option: dict) -> None:
+    with pytest.raises(OptionError, match="update_at='step'"):
+        elmo.optim.SGD(net().parameters(), 0.1, **option)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", -0.1),
+        ("lr", float("nan")),
+        ("lr", "fast"),
+        ("momentum", 1.0),
+        ("momentum", -0.5),
+        ("weight_decay", -1.0),
+        ("nesterov", True),
+        ("nesterov", 1),
+        ("rounding", "up"),
+        ("fused", "yes"),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("seed", 1.5),
+    ],
+)
+def test_hyper_parameters_out_of_range(name: str, value: object) -> None:
+    model = net()
+    with pytest.raises(OptionError, match=name):
+        elmo.optim.SGD(model.parameters(), **{"lr": 0.1, name: value})
+    opt = elmo.optim.SGD(model.encoder.parameters(), 0.1)
+    with pytest.raises(OptionError, match=name):
+        opt.add_param_group({"params": model.head.parameters(), name: value})
+    assert len(opt.param_groups) == 1
+
+
+def test_one_warning_if_nothing_was_fused() -> None:
+    model = net()
+    opt = elmo.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match="no head's update was fused") as caught:
+        train(model, opt, 3)
+    assert len(caught) == 1
+    assert caught[0].filename.endswith("training.py")
+
+
+def test_repr_names_the_hyper_parameters() -> None:
+    text = repr(elmo.optim.SGD(net().parameters(), 0.1, momentum=0.9, rounding="nearest"))
+    assert "momentum: 0.9" in text
+    assert "rounding: nearest" in text

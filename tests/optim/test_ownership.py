@@ -1,0 +1,391 @@
+"""An owner's life: who updates a weight when models and optimizers are copied, moved, reloaded."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from training import (
+    EAGER,
+    INDUCTOR,
+    LABELS,
+    assert_same,
+    batch,
+    compiled,
+    net,
+    owned,
+    reference,
+    train,
+    updates,
+)
+
+import elmo_compile as elmo
+from elmo_compile.errors import FusedUpdateError
+from elmo_compile.kernels import aten
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hooked_weight_gets_a_real_gradient(hook: str) -> None:
+    model = net()
+    twin = copy.deepcopy(model)
+    step, opt = owned(model)
+    other = torch.optim.SGD(twin.parameters(), 0.5)
+    train(step, opt, 1)
+    train(twin, other, 1)
+    seen: list[torch.Tensor] = []
+
+    def watch(value: torch.Tensor) -> None:
+        grad = value.grad if hook.endswith("accumulate_grad_hook") else value
+        seen.append(grad.detach().clone())
+
+    handle = getattr(model.head.weight, hook)(watch)
+    step(*batch(1)).backward()
+    twin(*batch(1)).backward()
+    torch.testing.assert_close(seen, [twin.head.weight.grad])
+    torch.testing.assert_close(model.head.weight.grad, twin.head.weight.grad)
+    for each in (opt, other):
+        each.step()
+        each.zero_grad()
+    handle.remove()
+    train(step, opt, 1)
+    train(twin, other, 1)
+    assert_same(model, twin)
+    assert updates(opt, model.head.weight) == 3
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of one gloo rank."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("outside", [True, False], ids=["ddp(compile)", "compile(ddp)"])
+def test_distributed_data_parallel_gets_a_real_gradient(outside: bool) -> None:
+    model = net()
+    want = reference(model, 2)
+    torch._dynamo.reset()
+    ddp = nn.parallel.DistributedDataParallel
+    if outside:
+        step = ddp(torch.compile(model, backend="elmo", options=EAGER))
+    else:
+        step = torch.compile(ddp(model), backend="elmo", options=EAGER)
+    opt = elmo.optim.SGD(model.parameters(), 0.5)
+    with pytest.warns(UserWarning, match="no head's update was fused"):
+        train(step, opt, 2)
+    assert_same(model, want)
+    assert not elmo.is_fused(model.head.weight)
+
+
+def test_a_deepcopied_model_is_not_owned() -> None:
+    model = net()
+    step, opt = owned(model)
+    train(step, opt, 1)
+    twin = copy.deepcopy(model)
+    before = model.head.weight.detach().clone()
+    run = torch.compile(twin, backend="elmo", options=EAGER)
+    run(*batch(1)).backward()
+    assert twin.head.weight.grad is not None
+    assert torch.equal(model.head.weight, before)
+    assert not elmo.is_fused(twin.head.weight)
+    assert updates(opt, model.head.weight) == 1
+
+
+def test_a_deepcopied_optimizer_owns_the_copies() -> None:
+    model = net()
+    step, opt = owned(model, momentum=0.9)
+    train(step, opt, 2)
+    want = reference(model, 0)
+    twin, opt2 = copy.deepcopy((model, opt))
+    run = compiled(twin)
+    train(run, opt2, 2)
+    assert updates(opt2, twin.head.weight) == 4
+    assert updates(opt, model.head.weight) == 2
+    assert_same(model, want)
+    step = compiled(model)
+    train(step, opt, 2)
+    assert_same(model, twin)
+
+
+def test_a_pickled_optimizer() -> None:
+    model = net()
+    _, opt = owned(model, momentum=0.9)
+    twin, opt2 = pickle.loads(pickle.dumps((model, opt)))
+    train(compiled(twin), opt2, 2)
+    assert_same(twin, reference(model, 2, momentum=0.9))
+    assert updates(opt2, twin.head.weight) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_moving_the_model_to_another_dtype(dtype: torch.dtype) -> None:
+    model = net()
+    step, opt = owned(model, momentum=0.9)
+    train(step, opt, 1)
+    model.to(dtype)
+    want = copy.deepcopy(model)
+    inputs, labels = batch(1)
+    for _ in range(2):
+        step(inputs.to(dtype), labels).backward()
+        opt.step()
+        opt.zero_grad()
+    assert updates(opt, model.head.weight) == 3
+    assert model.head.weight.grad is None
+    assert opt.state[model.head.weight]["momentum_buffer"].dtype == dtype
+    assert not torch.equal(model.head.weight, want.head.weight)
+
+
+def test_load_state_dict_keeps_the_owner() -> None:
+    model, source = net(), net(seed=9)
+    step, opt = owned(model)
+    train(step, opt, 1)
+    model.load_state_dict(source.state_dict())
+    step(*batch(0)).backward()
+    opt.step()
+    assert_same(model, reference(source, 1))
+    assert updates(opt, model.head.weight) == 2
+
+
+def test_load_state_dict_assign_warns_once_and_step_raises() -> None:
+    model = net()
+    step, opt = owned(model)
+    train(step, opt, 1)
+    state = {k: v.clone() for k, v in net(seed=9).state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    with pytest.warns(UserWarning, match="no elmo_compile optimizer owns") as caught:
+        loss = [step(*batch(i)) for i in (1, 2)][0]
+    assert len(caught) == 1
+    loss.backward()
+    assert model.head.weight.grad is not None
+    with pytest.raises(FusedUpdateError, match="was replaced"):
+        opt.step()
+    opt = elmo.optim.SGD(model.parameters(), 0.5)
+    opt.zero_grad()
+    train(step, opt, 1)
+    assert updates(opt, model.head.weight) == 1
+
+
+def test_an_averaged_copy_evaluated_without_gradients() -> None:
+    model = net()
+    step, opt = owned(model)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    run = torch.compile(average, backend="elmo", options=EAGER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(2):
+            step(*batch(i)).backward()
+            opt.step()
+            opt.zero_grad()
+            average.update_parameters(model)
+            with torch.no_grad():
+                run(*batch(i))
+    assert updates(opt, model.head.weight) == 2
+
+
+def test_a_new_optimizer_takes_over() -> None:
+    model = net()
+    step, old = owned(model, lr=0.1)
+    train(step, old, 1)
+    new = elmo.optim.SGD(model.parameters(), 0.5)
+    want = reference(model, 1, lr=0.5)
+    train(step, new, 1)
+    assert_same(model, want)
+    assert updates(old, model.head.weight) == updates(new, model.head.weight) == 1
+    with pytest.raises(FusedUpdateError, match="newer elmo_compile optimizer"):
+        old.step()
+    assert_same(model, want)
+
+
+def test_a_new_optimizer_between_forward_and_backward() -> None:
+    model = net()
+    step, old = owned(model)
+    loss = step(*batch())
+    new = elmo.optim.SGD(model.parameters(), 0.5)
+    with pytest.raises(FusedUpdateError, match="taken over"):
+        loss.backward()
+    assert not updates(old, model.head.weight)
+    assert not updates(new, model.head.weight)
+
+
+def test_an_optimizer_deleted_between_forward_and_backward() -> None:
+    model = net()
+    before = model.head.weight.detach().clone()
+    step, opt = owned(model)
+    loss = step(*batch())
+    del opt
+    gc.collect()
+    with pytest.raises(FusedUpdateError, match="was deleted"):
+        loss.backward()
+    assert torch.equal(model.head.weight, before)
+
+
+def test_a_deleted_optimizer_owns_nothing() -> None:
+    model = net()
+    step, opt = owned(model)
+    train(step, opt, 2)
+    del opt
+    want = reference(model, 2)
+    train(step, torch.optim.SGD(model.parameters(), 0.5), 2)
+    assert_same(model, want)
+
+
+def test_two_optimizers_of_which_one_is_ordinary() -> None:
+    model = net()
+    step, _opt = owned(model)
+    other = torch.optim.SGD(model.parameters(), 0.5)
+    train(step, other, 1)
+    with pytest.raises(FusedUpdateError, match="delete that optimizer"):
+        train(step, other, 1)
+
+
+def test_groups_with_rates_of_their_own_and_without_fusing() -> None:
+    model = net()
+    want = copy.deepcopy(model)
+    step = compiled(model)
+    opt = elmo.optim.SGD(model.encoder.parameters(), 0.1)
+    opt.add_param_group({"params": model.head.parameters(), "lr": 0.7, "momentum": 0.5})
+    groups = [
+        {"params": want.encoder.parameters()},
+        {"params": want.head.parameters(), "lr": 0.7, "momentum": 0.5},
+    ]
+    train(want, torch.optim.SGD(groups, 0.1), 3)
+    train(step, opt, 3)
+    assert_same(model, want)
+    assert elmo.is_fused(model.head.weight)
+
+    model = net()
+    step = compiled(model)
+    unfused = [{"params": model.head.parameters(), "fused": False}]
+    opt = elmo.optim.SGD([{"params": model.encoder.parameters()}, *unfused], 0.5)
+    want = reference(model, 2)
+    with pytest.warns(UserWarning, match="no head's update was fused"):
+        train(step, opt, 2)
+    assert_same(model, want)
+
+
+def test_loading_an_optimizer_does_not_change_how_it_updates() -> None:
+    model = net()
+    step, opt = owned(model, momentum=0.9)
+    train(step, opt, 1)
+    state = opt.state_dict()
+    opt = elmo.optim.SGD(model.parameters(), 0.5, momentum=0.9, fused=False)
+    opt.load_state_dict(state)
+    train(step, opt, 1, start=1)
+    assert not elmo.is_fused(model.head.weight)
+    assert_same(model, reference(net(), 2, momentum=0.9))
+
+
+@pytest.mark.parametrize("what", ["kernel", "half"])
+def test_a_backward_that_dies_leaves_the_weight_marked(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = net()
+    step, opt = owned(model, momentum=0.9)
+    train(step, opt, 1)
+    saved, saved_opt = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    real = aten.backward_update
+
+    def dies(problem, *args, **kwargs):
+        if what == "half":
+            problem.w_LD[:3] += 1
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(aten, "backward_update", dies)
+    with pytest.raises(MemoryError):
+        step(*batch(1)).backward()
+    monkeypatch.setattr(aten, "backward_update", real)
+    for forbidden in (opt.step, opt.state_dict, lambda: step(*batch(1)).backward()):
+        with pytest.raises(FusedUpdateError, match="inconsistent"):
+            forbidden()
+    model.load_state_dict(saved)
+    opt.load_state_dict(saved_opt)
+    opt.zero_grad()
+    step(*batch(1)).backward()
+    opt.step()
+    assert_same(model, reference(net(), 2, momentum=0.9))
+
+
+class Tied(nn.Module):
+    """The head's weight is the embedding's."""
+
+    def __init__(self, *, alias: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(LABELS, 8)
+        self.head = nn.Linear(8, LABELS, bias=False)
+        weight = self.embed.weight
+        self.head.weight = nn.Parameter(weight.data) if alias else weight
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.head(self.embed(tokens)), labels)
+
+
+@pytest.mark.parametrize("options", [EAGER, INDUCTOR], ids=["eager", "inductor"])
+def test_tied_weights_get_a_real_gradient(options: dict) -> None:
+    torch.manual_seed(0)
+    model = Tied()
+    twin = copy.deepcopy(model)
+    step, opt = owned(model, options)
+    other = torch.optim.SGD(twin.parameters(), 0.5)
+    for run, stepper in ((step, opt), (twin, other)):
+        for i in range(2):
+            run(torch.arange(6), batch(i)[1]).backward()
+            stepper.step()
+            stepper.zero_grad()
+    assert_same(model, twin)
+    assert not elmo.is_fused(model.head.weight)
+
+
+def test_weights_that_share_memory_get_real_gradients() -> None:
+    torch.manual_seed(0)
+    model = Tied(alias=True)
+    step, _ = owned(model)
+    step(torch.arange(6), batch()[1]).backward()
+    assert model.head.weight.grad is not None
+    assert model.embed.weight.grad is not None
+
+
+def test_a_second_use_outside_the_graph_is_named_by_step() -> None:
+    model = net()
+    step, opt = owned(model)
+    before = model.encoder.weight.detach().clone()
+    (step(*batch()) + model.head.weight.sum()).backward()
+    with pytest.raises(FusedUpdateError, match=r"#2 \(48, 8\).*dense gradient"):
+        opt.step()
+    assert torch.equal(model.encoder.weight, before)
+
+
+def test_named_parameters_are_named_in_messages() -> None:
+    model = net()
+    step = compiled(model)
+    opt = elmo.optim.SGD(model.named_parameters(), 0.5)
+    step(*batch()).backward()
+    with pytest.raises(FusedUpdateError, match=r"head\.weight"):
+        step(*batch()).backward()
+    del opt
+
+
+def test_a_closure_is_run_once() -> None:
+    model = net()
+    step, opt = owned(model)
+
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = step(*batch())
+        loss.backward()
+        return loss
+
+    first = opt.step(closure)
+    second = opt.step(closure)
+    assert updates(opt, model.head.weight) == 2
+    assert second < first
