@@ -23,6 +23,8 @@ def retrace(region: Region) -> AtenRegion | Refusal:
     """The region in ATen, or why it could not be traced."""
     sub = extract(region)
     values = [value_of(node) for node in region.inputs]
+    if not all(isinstance(value, torch.Tensor | torch.SymInt | int | float) for value in values):
+        return _failed(region, "one of its inputs is neither a tensor nor a number")
     modes = {t.fake_mode for t in map(tensor_of, region.inputs) if hasattr(t, "fake_mode")}
     if len(modes) != 1:
         return _failed(region, f"its inputs belong to {len(modes)} fake modes")
@@ -47,13 +49,12 @@ def extract(region: Region) -> fx.GraphModule:
     new: dict[fx.Node, fx.Node] = {}
     for node in region.inputs:
         new[node] = graph.placeholder(node.name)
-    entered = None
-    if region.autocast is not None:
-        entered = graph.call_function(torch.amp.autocast_mode._enter_autocast, region.autocast)
+    enter, leave = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+    entered = [graph.call_function(enter, context) for context in region.autocast]
     for node in region.nodes:
         new[node] = graph.node_copy(node, new.__getitem__)
-    if entered is not None:
-        graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+    for context in reversed(entered):
+        graph.call_function(leave, (context,))
     graph.output(tuple(new[node] for node in region.outputs))
     return fx.GraphModule(region.site.module, graph)
 

@@ -15,32 +15,25 @@ import torch
 import torch.fx as fx
 
 from elmo_compile.passes.graphs import Site, hint, hints, sites, tensor_of, value_of
-from elmo_compile.passes.records import Region
+from elmo_compile.passes.records import Autocast, Region
 
 _TAIL_FUNCTIONS = frozenset(
     {operator.truediv, operator.mul, torch.div, torch.mul, torch.sum, torch.mean, torch.true_divide}
 )
 _WEIGHT_VIEWS = frozenset(
-    {
-        "t",
-        "transpose",
-        "permute",
-        "swapaxes",
-        "to",
-        "type_as",
-        "float",
-        "bfloat16",
-        "half",
-        "double",
-    }
+    {"t", "transpose", "permute", "swapaxes", "to", "float", "bfloat16", "half", "double"}
 )
+_WEIGHT_VIEW_FUNCTIONS = frozenset(
+    {torch.t, torch.transpose, torch.permute, torch.swapaxes, torch.swapdims}
+)
+_LIKE = frozenset({torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like})
 _TAIL_METHODS = frozenset({"sum", "mean", "div", "mul", "float", "to", "double"})
 
 
 def find_regions(module: fx.GraphModule, min_outputs: int) -> tuple[Region, ...]:
     """Every region of `module` and of its checkpointed bodies."""
     regions: list[Region] = []
-    inherited: dict[fx.Node, tuple[Any, ...] | None] = {}
+    inherited: dict[fx.Node, Autocast] = {}
     for site in sites(module):
         outer = inherited.get(site.path[-1]) if site.path else ambient_autocast()
         autocast = autocast_states(site.graph, outer)
@@ -57,24 +50,23 @@ def find_regions(module: fx.GraphModule, min_outputs: int) -> tuple[Region, ...]
     return tuple(regions)
 
 
-def ambient_autocast() -> tuple[Any, ...] | None:
-    """The autocast context the caller compiles in, which is in no graph."""
-    for device in ("cuda", "cpu"):
-        if torch.is_autocast_enabled(device):
-            return (device, torch.get_autocast_dtype(device), True, None)
-    return None
+def ambient_autocast() -> Autocast:
+    """The autocast contexts the caller compiles in, which are in no graph."""
+    return tuple(
+        (device, torch.get_autocast_dtype(device), True, None)
+        for device in ("cuda", "cpu")
+        if torch.is_autocast_enabled(device)
+    )
 
 
-def autocast_states(
-    graph: fx.Graph, outer: tuple[Any, ...] | None
-) -> dict[fx.Node, tuple[Any, ...] | None]:
-    """The innermost autocast context around each node."""
-    stack: list[tuple[Any, ...] | None] = [outer]
-    states: dict[fx.Node, tuple[Any, ...] | None] = {}
+def autocast_states(graph: fx.Graph, outer: Autocast) -> dict[fx.Node, Autocast]:
+    """The autocast contexts around each node, outermost first."""
+    stack: list[Autocast] = [outer]
+    states: dict[fx.Node, Autocast] = {}
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
         if name == "_enter_autocast":
-            stack.append(tuple(node.args))
+            stack.append((*stack[-1], tuple(node.args)))
         elif name == "_exit_autocast" and len(stack) > 1:
             stack.pop()
         states[node] = stack[-1]
@@ -98,7 +90,7 @@ def seed_outputs(node: fx.Node, min_outputs: int) -> int | None:
     if node.op not in ("call_function", "call_method") or out is None or out.ndim == 0:
         return None
     L = hint(out.shape[-1])
-    if L < min_outputs or not out.is_floating_point():
+    if min_outputs > L or not out.is_floating_point():
         return None
     rows = hints(out.shape[:-1])
     operands = [(arg, tensor_of(arg)) for arg in node.all_input_nodes]
@@ -126,11 +118,7 @@ def is_huge(node: Any, num_outputs: int) -> bool:
 
 
 def grow(
-    site: Site,
-    seed: fx.Node,
-    num_outputs: int,
-    autocast: tuple[Any, ...] | None,
-    grad: dict[fx.Node, bool],
+    site: Site, seed: fx.Node, num_outputs: int, autocast: Autocast, grad: dict[fx.Node, bool]
 ) -> Region:
     """The region of one seed: forward until nothing is huge, backward over what only it uses."""
     order = {node: i for i, node in enumerate(site.graph.nodes)}
@@ -140,48 +128,109 @@ def grow(
             reads = any(arg in inside and is_huge(arg, num_outputs) for arg in node.all_input_nodes)
             if reads:
                 inside.add(node)
-    _grow_over_weight_views(seed, inside)
-    _grow_backward(inside - {seed}, inside, num_outputs)
-    _grow_tail(inside, order, grad)
-    nodes = tuple(sorted(inside, key=order.__getitem__))
+    modes = {grad[node] for node in _readers_of_values(seed, inside, order)}
+    movable = _Movable(inside, grad, grad[seed])
+    _grow_over_weight_views(seed, movable)
+    _grow_backward(inside - {seed}, movable, num_outputs)
+    tail = _tail(inside, order, grad)
+    mode = None if len(modes) > 1 else modes.pop()
+    return close(site, seed, inside | set(tail), tail, num_outputs, autocast, mode)
+
+
+def close(
+    site: Site,
+    seed: fx.Node,
+    inside: set[fx.Node],
+    tail: tuple[fx.Node, ...],
+    num_outputs: int,
+    autocast: Autocast,
+    grad_enabled: bool | None,
+) -> Region:
+    """A region from its nodes: in graph order, with what it reads and what is read of it."""
+    nodes = tuple(node for node in site.graph.nodes if node in inside)
     inputs = _unique(arg for node in nodes for arg in node.all_input_nodes if arg not in inside)
     outputs = tuple(n for n in nodes if any(user not in inside for user in n.users))
-    modes = {grad[node] for node in nodes}
-    grad_enabled = None if len(modes) > 1 else modes.pop()
-    return Region(site, seed, nodes, inputs, outputs, num_outputs, autocast, grad_enabled)
+    return Region(
+        site, seed, nodes, inputs, outputs, num_outputs, autocast, grad_enabled, tail
+    )  # fmt: skip
 
 
-def _grow_over_weight_views(seed: fx.Node, inside: set[fx.Node]) -> None:
+def without_tail(region: Region) -> Region:
+    """The region up to the loss itself, for tails that turn out not to be understood."""
+    inside = set(region.nodes) - set(region.tail)
+    return close(
+        region.site, region.seed, inside, (), region.num_outputs, region.autocast,
+        region.grad_enabled,
+    )  # fmt: skip
+
+
+def _readers_of_values(
+    seed: fx.Node, inside: set[fx.Node], order: dict[fx.Node, int]
+) -> set[fx.Node]:
+    """The nodes made from the values of the logits, not only from their shape."""
+    found = {seed}
+    for node in sorted(inside, key=order.__getitem__):
+        if node.target not in _LIKE and any(arg in found for arg in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+class _Movable:
+    """The nodes of a growing region, and which others may be computed inside it instead."""
+
+    def __init__(self, inside: set[fx.Node], grad: dict[fx.Node, bool], mode: bool) -> None:
+        self.inside = inside
+        self._grad, self._mode = grad, mode
+
+    def add(self, *nodes: fx.Node) -> bool:
+        """Add nodes, unless another grad mode would make a gradient of them appear or vanish.
+
+        Nor parts of a tuple without the call that made it: a region's inputs are tensors and sizes.
+        """
+        for node in nodes:
+            if node.target is operator.getitem and tensor_of(node.args[0]) is None:
+                return False
+            tensors = (tensor_of(arg) for arg in node.all_input_nodes)
+            gradient = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+            if gradient and self._grad[node] != self._mode:
+                return False
+        self.inside.update(nodes)
+        return True
+
+
+def _grow_over_weight_views(seed: fx.Node, movable: _Movable) -> None:
     """Add transposes and casts of the weight that only the product reads."""
     work = [seed]
     while work:
         for arg in work.pop().all_input_nodes:
-            method = arg.op == "call_method" and arg.target in _WEIGHT_VIEWS
-            attribute = (
-                arg.op == "call_function"
-                and arg.target is getattr
-                and arg.args[1] in ("T", "mT", "H", "mH")
-            )
             tensor = tensor_of(arg)
             matrix = tensor is not None and tensor.ndim == 2
-            if (method or attribute) and matrix and all(user in inside for user in arg.users):
-                inside.add(arg)
+            alone = all(user in movable.inside for user in arg.users)
+            if _is_weight_view(arg) and matrix and alone and movable.add(arg):
                 work.append(arg)
 
 
-def _grow_backward(start: set[fx.Node], inside: set[fx.Node], num_outputs: int) -> None:
+def _is_weight_view(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _WEIGHT_VIEWS
+    if node.op != "call_function":
+        return False
+    attribute = node.target is getattr and node.args[1] in ("T", "mT", "H", "mH")
+    return attribute or node.target in _WEIGHT_VIEW_FUNCTIONS
+
+
+def _grow_backward(start: set[fx.Node], movable: _Movable, num_outputs: int) -> None:
     """Add huge operands (targets built in the graph) that nothing outside reads."""
-    work = list(start)
+    work, inside = list(start), movable.inside
     while work:
         node = work.pop()
         for arg in node.all_input_nodes:
             if arg in inside or arg.op in ("placeholder", "get_attr", "output"):
                 continue
             writers = {user for user in arg.users if user not in inside}
-            if is_huge(arg, num_outputs) and all(_writes(user, arg, inside) for user in writers):
-                added = {arg, *writers}
-                inside |= added
-                work += added
+            only_written = all(_writes(user, arg, inside) for user in writers)
+            if is_huge(arg, num_outputs) and only_written and movable.add(arg, *writers):
+                work += [arg, *writers]
 
 
 def _writes(node: fx.Node, written: fx.Node, inside: set[fx.Node]) -> bool:
@@ -194,16 +243,19 @@ def _writes(node: fx.Node, written: fx.Node, inside: set[fx.Node]) -> bool:
     return node.op == "call_function" and node.target is operator.setitem
 
 
-def _grow_tail(inside: set[fx.Node], order: dict[fx.Node, int], grad: dict[fx.Node, bool]) -> None:
-    """Add the chain of sums, means, casts and scalings behind a region's only result."""
-    while True:
-        outputs = [n for n in inside if any(user not in inside for user in n.users)]
-        if len(outputs) != 1 or len(outputs[0].users) != 1:
-            return
+def _tail(
+    inside: set[fx.Node], order: dict[fx.Node, int], grad: dict[fx.Node, bool]
+) -> tuple[fx.Node, ...]:
+    """The chain of sums, means, casts and scalings behind a region's only result."""
+    found: list[fx.Node] = []
+    outputs = [n for n in inside if any(user not in inside for user in n.users)]
+    while len(outputs) == 1 and len(outputs[0].users) == 1:
         (user,) = outputs[0].users
         if user not in order or not _is_tail(user, outputs[0]) or grad[user] != grad[outputs[0]]:
-            return
-        inside.add(user)
+            break
+        found.append(user)
+        outputs = [user]
+    return tuple(found)
 
 
 def _is_tail(node: fx.Node, value: fx.Node) -> bool:

@@ -73,7 +73,7 @@ class Site:
         return self.module.graph
 
     def outer(self, placeholder: fx.Node) -> fx.Node | None:
-        """The top-level node that a placeholder stands for, or None if it is computed on the way."""
+        """The top-level node that a placeholder stands for, or None if a body computes it."""
         node = placeholder
         site_path = self.path
         module = self.module
@@ -140,6 +140,27 @@ def copy_module(
     return new
 
 
-def user_nodes(node: fx.Node) -> list[fx.Node]:
-    """The nodes that read `node`, in graph order of first use."""
-    return list(node.users)
+def ancestors(*nodes: Any) -> set[fx.Node]:
+    """The nodes that these are computed from, themselves included."""
+    work = [node for node in nodes if isinstance(node, fx.Node)]
+    found = set(work)
+    while work:
+        fresh = [arg for arg in work.pop().all_input_nodes if arg not in found]
+        found.update(fresh)
+        work += fresh
+    return found
+
+
+def leaves(*nodes: Any) -> list[fx.Node]:
+    """The placeholders that nodes are computed from."""
+    return [node for node in ancestors(*nodes) if node.op == "placeholder"]
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal; where both are symbolic, for every call (Dynamo guards it)."""
+    return hint(a) == hint(b) and hint(a) >= 0 and bool(a == b)
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    """`same_size` of each dimension."""
+    return len(a) == len(b) and all(map(same_size, a, b))

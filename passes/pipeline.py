@@ -7,17 +7,21 @@ Ensures: `analyze` only reads; `rewrite` edits a copy.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch.fx as fx
 
 from elmo_compile.config import Options
+from elmo_compile.errors import ElmoError
 from elmo_compile.passes.canonicalize import retrace
-from elmo_compile.passes.find import find_regions
+from elmo_compile.passes.find import find_regions, without_tail
+from elmo_compile.passes.graphs import source_of
+from elmo_compile.passes.hazards import check_hazards
 from elmo_compile.passes.match import match_region
-from elmo_compile.passes.match.matcher import check_escape
 from elmo_compile.passes.plan import plan_match
 from elmo_compile.passes.records import AtenRegion, HeadMatch, PlannedHead, Region
-from elmo_compile.report.records import Refusal
+from elmo_compile.report.records import Code, Refusal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,8 +33,8 @@ class Analysis:
     refusals: tuple[Refusal, ...]
 
 
-def _find_escapes(item: Region, options: Options) -> Region | Refusal:
-    return check_escape(item) or item
+def _check(item: Region, options: Options) -> Region | Refusal:
+    return check_hazards(item) or item
 
 
 def _retrace(item: Region, options: Options) -> AtenRegion | Refusal:
@@ -41,8 +45,8 @@ def _match(item: AtenRegion, options: Options) -> HeadMatch | Refusal:
     return match_region(item)
 
 
-PASSES = (
-    _find_escapes,
+PASSES: tuple[Callable[[Any, Options], Any], ...] = (
+    _check,
     _retrace,
     _match,
     plan_match,
@@ -55,13 +59,37 @@ def analyze(module: fx.GraphModule, options: Options) -> Analysis:
     heads: list[PlannedHead] = []
     refusals: list[Refusal] = []
     for region in find_regions(module, options.min_outputs):
-        item: object = region
-        for step in PASSES:
-            item = step(item, options)  # type: ignore[operator]
-            if isinstance(item, Refusal):
-                refusals.append(item)
-                break
+        result = advance(region, options)
+        if isinstance(result, Refusal) and region.tail:
+            result = advance(without_tail(region), options)
+        if isinstance(result, Refusal):
+            refusals.append(result)
         else:
-            assert isinstance(item, PlannedHead)
-            heads.append(item)
+            heads.append(result)
     return Analysis(module, tuple(heads), tuple(refusals))
+
+
+def advance(region: Region, options: Options) -> PlannedHead | Refusal:
+    """One region through every pass, or the first refusal."""
+    item: Any = region
+    for step in PASSES:
+        try:
+            item = step(item, options)
+        except ElmoError:
+            raise
+        except Exception as error:  # A defect here must not stop a program that Inductor compiles.
+            return _defect(region, step.__name__, error)
+        if isinstance(item, Refusal):
+            return item
+    assert isinstance(item, PlannedHead)
+    return item
+
+
+def _defect(region: Region, step: str, error: Exception) -> Refusal:
+    return Refusal(
+        code=Code.RETRACE_FAILED,
+        node=region.seed.name,
+        source=source_of(region.seed),
+        reason=f"the pass `{step}` failed ({type(error).__name__}: {error})",
+        remedy="please report it with this text; plain Inductor compiles the graph as it is",
+    )

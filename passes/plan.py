@@ -2,7 +2,7 @@
 
 Requires: a HeadMatch.
 Ensures: a PlannedHead, or a Refusal where no chunk fits the budget or the head cannot be computed.
-Numerics: chooses the operand dtype of the products: the program's own, or the storage's if narrower.
+Numerics: products take the operand dtype of the program, or of the storage where it is narrower.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def why_unfusable(match: HeadMatch, weight: torch.Tensor, compute: torch.dtype) 
         return "the weight is frozen"
     if match.compute_dtype == torch.float16 and weight.dtype != torch.float16:
         return "float16 autocast: GradScaler must see the gradient first"
-    if not _only_reader(match.weight_origin, region):
+    if match.weight in match.kept or not _only_reader(match.weight_origin, region):
         return "something else in the graph reads the weight (tied or shared)"
     for node in region.site.graph.nodes:
         if node.op == "call_function" and node.target is torch.autograd.grad:

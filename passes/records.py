@@ -12,8 +12,11 @@ import torch
 import torch.fx as fx
 
 from elmo_compile.numerics.losses import LossSpec
-from elmo_compile.passes.graphs import Site, tensor_of
+from elmo_compile.passes.graphs import Site, ancestors, leaves, tensor_of
 from elmo_compile.planner import Plan
+
+Autocast = tuple[tuple[Any, ...], ...]
+"""Each autocast context around a node, outermost first: (device, dtype, enabled, cache)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,10 +33,11 @@ class Region:
     outputs: tuple[fx.Node, ...]
     """Made by the region, read outside it."""
     num_outputs: int
-    autocast: tuple[Any, ...] | None
-    """Arguments of the autocast context the region runs in: (device, dtype, enabled, cache)."""
+    autocast: Autocast
     grad_enabled: bool | None
     """Whether autograd records the region; None where the graph switches it inside."""
+    tail: tuple[fx.Node, ...] = ()
+    """The last nodes, where they are sums, means, casts and scalings behind the loss."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,15 +54,13 @@ class AtenRegion:
 
     def requires_grad(self, node: fx.Node) -> bool:
         """Whether a gradient may be asked of a node (the retraced values themselves do not say)."""
-        if node.op == "placeholder":
-            tensor = tensor_of(self.origin(node))
-            return tensor is not None and tensor.requires_grad
-        return any(self.requires_grad(arg) for arg in node.all_input_nodes)
+        tensors = (tensor_of(self.origin(leaf)) for leaf in leaves(node))
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 @dataclasses.dataclass(frozen=True)
 class RowOp:
-    """An ATen op on the rows of the logits, which commutes with the product: applied to x instead."""
+    """An ATen op on the rows of the logits, applied to x instead: it commutes with the product."""
 
     op: Any
     args: tuple[Any, ...]
@@ -96,6 +98,14 @@ class HeadMatch:
     @property
     def region(self) -> Region:
         return self.aten.region
+
+    @property
+    def kept(self) -> set[fx.Node]:
+        """The nodes of the retraced graph that the rewrite still computes (the weight's not)."""
+        arguments: list[fx.Node] = []
+        rows = [op.args for op in (*self.row_ops, *self.target_ops)]
+        fx.map_arg((rows, self.divisors), arguments.append)
+        return ancestors(self.x, self.bias, self.target, self.target_aux, *arguments)
 
     @property
     def output(self) -> fx.Node:

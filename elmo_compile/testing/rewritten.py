@@ -46,6 +46,7 @@ def assert_rewritten(
         wrong = [match for match in found if match.fused_update != fused_update]
         if wrong:
             raise AssertionError(
-                f"expected fused_update={fused_update} for {loss}, found {not fused_update}:\n{report}"
+                f"expected fused_update={fused_update} for {loss}, "
+                f"found {not fused_update}:\n{report}"
             )
     return report

@@ -1,8 +1,8 @@
 """Rules for the product with the weight and for what may stand between it and the loss.
 
-`linear`, `matmul`, `mm`, `addmm`, `einsum` and the op of a converted head all become `Logits`; casts,
-views and row slices of logits are remembered as operations on the rows of x, with which the product
-commutes: (S x) W^T = S (x W^T) for any rearrangement or selection S of rows.
+`linear`, `matmul`, `mm`, `addmm`, `einsum` and the op of a converted head all become `Logits`;
+casts, views and row slices of logits are remembered as operations on the rows of x, with which the
+product commutes: (S x) W^T = S (x W^T) for any rearrangement or selection S of rows.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def weight_view(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | Non
         if node.target is aten.transpose.int and node.args[1] == node.args[2]:
             identity = True
         return known if identity or not swapped else WeightView(known.node, not known.transposed)
-    if node.target in CASTS or node.target in SAME:
-        return known
-    return None
+    if node.target in CASTS and not _keeps_values(node):
+        return None
+    return known if node.target in CASTS or node.target in SAME else None
 
 
 def add_bias(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | None:
@@ -108,7 +108,7 @@ def add_bias(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | None:
         known = kinds.get(logits) if isinstance(logits, fx.Node) else None
         tensor = tensor_of(other)
         if isinstance(known, Logits) and tensor is not None and hints(tensor.shape) == (L,):
-            if known.bias is not None or known.class_dim != "last":
+            if known.bias is not None or known.class_dim != "last" or other in kinds:
                 return None
             return dataclasses.replace(known, bias=other)
     return None
@@ -123,7 +123,7 @@ def rearranged_rows(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind |
         return None
     target, rank = node.target, before.ndim
     if target in CASTS:
-        if not after.is_floating_point():
+        if not _keeps_values(node):
             return None
         return dataclasses.replace(known, upcast=known.upcast or after.itemsize > before.itemsize)
     if target in SAME:
@@ -151,6 +151,27 @@ def rearranged_rows(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind |
     if target in (aten.index_select.default,) and node.args[1] % rank != rank - 1:
         return _with(known, RowOp(target, tuple(node.args[1:])))
     return None
+
+
+def _keeps_values(node: fx.Node) -> bool:
+    """Whether a cast is one that a product's operand dtype accounts for.
+
+    Not: to another device, to integers, or wider after a cast that was narrower (a rounding the
+    program asked for, such as a simulated quantization).
+    """
+    source: Any = node.args[0]
+    before, after = tensor_of(source), tensor_of(node)
+    assert before is not None
+    assert after is not None
+    if not after.is_floating_point() or before.device != after.device:
+        return False
+    widens = after.itemsize > before.itemsize
+    while widens and isinstance(source, fx.Node) and source.args and source.op == "call_function":
+        earlier = tensor_of(source.args[0])
+        if source.target in CASTS and earlier is not None and earlier.itemsize > before.itemsize:
+            return False
+        source = source.args[0]
+    return True
 
 
 def _with(logits: Logits, op: RowOp) -> Logits:
@@ -219,7 +240,7 @@ def _einsum(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> tuple[Any, fx.
         tuple(zip(operands, terms)),
         tuple(zip(operands[::-1], terms[::-1])),
     ):
-        if len(w_term) != 2 or len(set(x_term)) != len(x_term):
+        if len(set(w_term)) != 2 or len(w_term) != 2 or len(set(x_term)) != len(x_term):
             continue
         for wanted in (False, True):
             label, contracted = w_term if not wanted else w_term[::-1]

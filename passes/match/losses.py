@@ -9,7 +9,7 @@ import torch
 import torch.fx as fx
 
 from elmo_compile.numerics.losses import BCE, CE, LossSpec, Reduction
-from elmo_compile.passes.graphs import hints, tensor_of, value_of
+from elmo_compile.passes.graphs import tensor_of, value_of
 from elmo_compile.passes.match.linear import CASTS, SAME
 from elmo_compile.passes.match.refuse import NoMatch
 from elmo_compile.passes.match.state import Kind, Logits, Loss
@@ -39,15 +39,16 @@ def softmax_cross_entropy(
         )
     if given.get("smoothing", 0.0) != 0.0:
         raise _argument(node, "label smoothing", "use label_smoothing=0")
-    if classes.is_floating_point() or target in kinds:
+    if classes.dtype != torch.int64 or target in kinds:
         raise NoMatch(
-            Code.UNSUPPORTED_TARGET, node, "cross entropy with class probabilities as targets",
+            Code.UNSUPPORTED_TARGET, node,
+            f"cross entropy with targets that are not class ids ({classes.dtype})",
             "give class ids (int64)",
         )  # fmt: skip
     if z.ndim > 2 and logits.class_dim != "second":
         raise NoMatch(
             Code.UNSUPPORTED_SHAPE, node,
-            "dimension 1 of these logits, which cross_entropy takes as the classes, is not the outputs",
+            "dimension 1 of these logits, the classes for cross_entropy, is not the outputs",
             "flatten the logits to [N, num_outputs]",
         )  # fmt: skip
     reduction = _REDUCTIONS[given.get("reduction", 1)]
@@ -72,7 +73,7 @@ def sigmoid_bce(
             raise _argument(node, f"{name}=", f"leave {name} out")
     z = tensor_of(given["logits"])
     assert z is not None
-    targets = target_of(given["target"], kinds, hints(z.shape))
+    targets = target_of(given["target"], kinds, z.shape)
     if targets is None or targets.node is None or logits.class_dim != "last":
         raise NoMatch(
             Code.UNSUPPORTED_TARGET, node, "these targets are not understood",
@@ -96,7 +97,10 @@ def sigmoid_bce(
 def reduced(node: fx.Node, kinds: dict[fx.Node, Kind], L: int, region: AtenRegion) -> Kind | None:
     """sum or mean of an unreduced loss, over outputs or over everything."""
     known = _loss(node, kinds)
-    if known is None or known.spec.reduction != "none" or known.extent == "scalar":
+    if known is not None and known.extent == "scalar":
+        whole = node.target in (aten.sum.default, aten.mean.default)
+        return known if whole and value_of(node).is_floating_point() else None
+    if known is None or known.spec.reduction != "none":
         return None
     before = tensor_of(node.args[0])
     assert before is not None
@@ -127,8 +131,10 @@ def scaled(node: fx.Node, kinds: dict[fx.Node, Kind], L: int, region: AtenRegion
     if known is None or known.extent == "elements":
         return None
     if node.target in CASTS or node.target in SAME:
-        out = tensor_of(node)
-        return known if out is not None and out.is_floating_point() else None
+        before, out = tensor_of(node.args[0]), tensor_of(node)
+        assert before is not None
+        assert out is not None
+        return known if out.is_floating_point() and out.device == before.device else None
     if node.target in (aten.div.Tensor, aten.div.Scalar) and not node.kwargs:
         return _divided(known, node.args[1])
     if node.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(node.args[1], int | float):

@@ -49,26 +49,9 @@ def match_region(aten: AtenRegion) -> HeadMatch | Refusal:
     region = aten.region
     try:
         _check_region(region)
-        return _finish(aten, _walk(aten))
+        return _finish(aten, *_walk(aten))
     except NoMatch as no:
         return no.refusal(region.seed)
-
-
-def check_escape(region: Region) -> Refusal | None:
-    """A refusal if something outside the region reads its logits (seen before retracing)."""
-    from elmo_compile.passes.find import is_huge
-
-    for node in region.outputs:
-        if is_huge(node, region.num_outputs):
-            reader = next(user for user in node.users if user not in region.nodes)
-            what = "they are returned" if reader.op == "output" else f"`{reader.name}` reads them"
-            return NoMatch(
-                Code.LOGITS_ESCAPE,
-                node if reader.op == "output" else reader,
-                f"the logits are needed outside the loss: {what}",
-                "compute the loss inside the compiled function and return only the loss",
-            ).refusal(region.seed)
-    return None
 
 
 def _check_region(region: Region) -> None:
@@ -86,22 +69,29 @@ def _check_region(region: Region) -> None:
         )  # fmt: skip
 
 
-def _walk(aten: AtenRegion) -> Kind:
-    """The kind of the region's output."""
+def _walk(aten: AtenRegion) -> tuple[Loss, dict[fx.Node, Kind]]:
+    """What the region's output is, and what every node on the way is."""
     L = aten.region.num_outputs
     kinds: dict[fx.Node, Kind] = {}
     for node in aten.module.graph.nodes:
         if node.op == "output":
             (result,) = node.args[0]
-            if not isinstance(kinds.get(result), Loss):
+            loss = kinds.get(result)
+            if not isinstance(loss, Loss):
                 raise _blocked(aten, result)
-            return kinds[result]
+            return loss, kinds
         if node.op != "call_function" or _is_autocast(node):
             continue
         kind = _kind(node, kinds, L, aten)
         if kind is not None:
             kinds[node] = kind
-        elif any(isinstance(kinds.get(arg), Logits | Loss) for arg in node.all_input_nodes):
+            continue
+        if _writes(node):
+            raise NoMatch(
+                Code.MUTATION, node, "this write in place is not understood",
+                "write out of place, or before the compiled function",
+            )  # fmt: skip
+        if any(isinstance(kinds.get(arg), Logits | Loss) for arg in node.all_input_nodes):
             raise _blocked(aten, node)
     raise _blocked(aten, None)
 
@@ -133,8 +123,12 @@ def _is_autocast(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") in ("_enter_autocast", "_exit_autocast")
 
 
-def _finish(aten: AtenRegion, result: Kind) -> HeadMatch:
-    assert isinstance(result, Loss)
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _finish(aten: AtenRegion, result: Loss, kinds: dict[fx.Node, Kind]) -> HeadMatch:
     logits, region = result.logits, aten.region
     weight, x = tensor_of(logits.weight), tensor_of(logits.x)
     assert weight is not None
@@ -155,7 +149,9 @@ def _finish(aten: AtenRegion, result: Kind) -> HeadMatch:
         raise NoMatch(
             Code.UNSUPPORTED_DTYPE, region.seed, f"products in {compute}", "use bfloat16 or float32"
         )
-    return HeadMatch(
+    for size in weight.shape:
+        int(size)  # A symbolic one becomes a constant that Dynamo guards.
+    match = HeadMatch(
         aten=aten,
         loss=result.spec,
         x=logits.x,
@@ -173,3 +169,25 @@ def _finish(aten: AtenRegion, result: Kind) -> HeadMatch:
         target_built=result.built,
         rows=result.rows,
     )
+    _check_operands(match, kinds)
+    return match
+
+
+def _check_operands(match: HeadMatch, kinds: dict[fx.Node, Kind]) -> None:
+    """What the rewrite keeps of the region must not need what it removes."""
+    for node in match.kept:
+        if isinstance(kinds.get(node), Logits | Loss):
+            raise NoMatch(
+                Code.LOGITS_ESCAPE, node, "the loss's other operands are made from the logits",
+                "compute them without the logits",
+            )  # fmt: skip
+        if node.op == "get_attr" or torch.Tag.nondeterministic_seeded in _tags(node):
+            raise NoMatch(
+                Code.UNSUPPORTED_TARGET, node,
+                "random numbers or constants are made between the head and its loss",
+                "make them before the head",
+            )  # fmt: skip
+
+
+def _tags(node: fx.Node) -> list[torch.Tag]:
+    return list(getattr(node.target, "tags", ()))

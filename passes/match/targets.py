@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from elmo_compile.passes.graphs import hint, hints, tensor_of
+from elmo_compile.passes.graphs import hint, hints, same_shape, same_size, tensor_of
 from elmo_compile.passes.match.linear import CASTS, SAME
 from elmo_compile.passes.match.state import Kind, OneHot, Targets
 from elmo_compile.passes.records import AtenRegion, RowOp
@@ -66,7 +66,7 @@ def scattered(node: fx.Node, kinds: dict[fx.Node, Kind], L: int, region: AtenReg
         return None
     zeros_value = tensor_of(node)
     assert zeros_value is not None
-    if tensor.ndim != 2 or hint(tensor.shape[0]) != hint(zeros_value.shape[0]):
+    if tensor.ndim != 2 or not same_size(tensor.shape[0], zeros_value.shape[0]):
         return None
     return Targets("ones_at", "indices", indices)
 
@@ -136,9 +136,7 @@ def clamped(node: fx.Node, kinds: dict[fx.Node, Kind], L: int, region: AtenRegio
     return None
 
 
-def target_of(
-    node: Any, kinds: dict[fx.Node, Kind], logits_shape: tuple[int, ...]
-) -> Targets | None:
+def target_of(node: Any, kinds: dict[fx.Node, Kind], logits_shape: torch.Size) -> Targets | None:
     """What a loss's target operand is: known sparse targets, or a dense matrix as it is."""
     if not isinstance(node, fx.Node):
         return None
@@ -152,9 +150,10 @@ def target_of(
     if isinstance(known, Targets):
         return known if known.form == "ones_at" else None
     tensor = tensor_of(node)
-    if known is not None or tensor is None or hints(tensor.shape) != logits_shape:
+    if known is not None or tensor is None or not same_shape(tensor.shape, logits_shape):
         return None
-    ops = () if tensor.ndim == 2 else (RowOp(aten.reshape.default, ([-1, logits_shape[-1]],)),)
+    L = hint(logits_shape[-1])
+    ops = () if tensor.ndim == 2 else (RowOp(aten.reshape.default, ([-1, L],)),)
     return Targets("dense", "dense", node, row_ops=ops)
 
 
@@ -177,7 +176,9 @@ def _is_one(node: Any, region: AtenRegion) -> bool:
         constant = getattr(region.module, str(node.target), None)
         return isinstance(constant, torch.Tensor) and constant.numel() == 1 and _item(constant) == 1
     if node.op == "placeholder":
-        return _makes_ones(region.origin(node))
+        origin = region.origin(node)
+        only_here = all(user in region.region.nodes for user in origin.users)
+        return only_here and _makes_ones(origin)
     return node.target in _ONES or (node.target is aten.full.default and node.args[1] == 1)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch.fx as fx
 
+from elmo_compile.passes.graphs import body_of
+
 
 class Inputs:
     """The inputs of one copied graph: each weight's extra inputs exist once, whoever asks."""
@@ -26,7 +28,8 @@ class Inputs:
         return node
 
     def _through(self, call: fx.Node, outer: fx.Node) -> fx.Node:
-        body = call.graph.owning_module.get_submodule(str(call.args[0].target))
+        body = body_of(call)
+        assert body is not None
         key = (body.graph, outer)
         if key not in self._inside:
             self._inside[key] = append_placeholder(body.graph, outer.name)
