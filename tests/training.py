@@ -34,6 +34,20 @@ class Net(nn.Module):
         return loss
 
 
+class Tied(nn.Module):
+    """The head's weight is the embedding's."""
+
+    def __init__(self, *, alias: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(LABELS, 8)
+        self.head = nn.Linear(8, LABELS, bias=False)
+        weight = self.embed.weight
+        self.head.weight = nn.Parameter(weight.data) if alias else weight
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.embed(tokens)), labels)
+
+
 def net(kind: str = "ce", seed: int = 0, **kwargs: Any) -> Net:
     """A Net with weights that depend on the seed only."""
     with torch.random.fork_rng(devices=[]):

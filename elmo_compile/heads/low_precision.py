@@ -57,12 +57,12 @@ class LowPrecisionLinear(nn.Linear):
         """Logits [..., L] in the dtype of the features [..., D]."""
         self._check_storage()
         if torch.compiler.is_compiling():
-            z: Tensor = torch.ops.elmo.lowp_linear(input, self.weight, self.bias, None)
+            z: Tensor = torch.ops.elmo.lowp_linear.default(input, self.weight, self.bias, None)
             return z
         carrier = None
         if torch.is_grad_enabled() and self.weight.requires_grad:
             carrier = carry(self.weight)
-        z = torch.ops.elmo.lowp_linear(input, self.weight.detach(), self.bias, carrier)
+        z = torch.ops.elmo.lowp_linear.default(input, self.weight.detach(), self.bias, carrier)
         return z
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> LowPrecisionLinear:

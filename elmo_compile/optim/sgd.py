@@ -102,8 +102,8 @@ class SGD(torch.optim.Optimizer):
         """The weights whose update a compiled graph has fused so far."""
         return [owner.param for owner in self._owners if owner.in_use]
 
-    @torch.compiler.disable
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, and allow the next backward.
 
         Raises:

@@ -15,12 +15,19 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from elmo_compile.passes.graphs import copy_module, sites, tensor_of
+from elmo_compile.errors import ElmoError
+from elmo_compile.passes.find import grad_modes
+from elmo_compile.passes.graphs import copy_module, is_checkpoint, sites, source_of, tensor_of
 from elmo_compile.passes.plan import unmatched_lowp
 from elmo_compile.passes.records import ExtraInput, PlannedHead, Rewritten, RowOp
 from elmo_compile.passes.rewrite.inputs import Inputs, remove_input
 
 aten = torch.ops.aten
+
+_CARRIED = (
+    torch.ops.elmo.head_loss.default, torch.ops.elmo.lowp_linear.default, "detach", torch.detach,
+)  # fmt: skip
+"""What may read a weight that enters detached."""
 
 
 def rewrite(
@@ -48,6 +55,7 @@ def rewrite(
                 detached.add(head.weight_input)
     if grad:
         detached |= _carry_unmatched(module, heads, mapping, inputs)
+    _refuse_lost_gradients(new, detached)
     for site in sites(new):
         site.graph.lint()
         site.module.recompile()
@@ -91,6 +99,27 @@ def _replace(
         mapping[node].graph.erase_node(mapping[node])
     if fused:
         remove_input(weight_node, path)
+
+
+def _refuse_lost_gradients(new: fx.GraphModule, detached: set[int]) -> None:
+    """Raise ElmoError where something else reads a weight whose gradient leaves by its carrier."""
+    inputs = list(new.graph.find_nodes(op="placeholder"))
+    weights = {inputs[position] for position in detached}
+    for site in sites(new):
+        grad = grad_modes(site.graph)
+        for node in site.graph.find_nodes(op="placeholder"):
+            value = tensor_of(node)
+            if site.outer(node) not in weights or (value is not None and not value.requires_grad):
+                continue
+            for user in node.users:
+                if user.target in _CARRIED or is_checkpoint(user) or not grad[user]:
+                    continue
+                raise ElmoError(
+                    f"the weight of a converted (bf16 or fp8) head is also read by {user.name} "
+                    f"({user.target}) at {source_of(user) or 'an unknown line'}, where its gradient "
+                    "would be rounded to the storage dtype or lost. Read weight.detach() there, or "
+                    "restore the head with elmo_compile.dequantize_head(model)"
+                )
 
 
 class _Emitter:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from training import (
     EAGER,
     INDUCTOR,
-    LABELS,
+    Tied,
     assert_same,
     batch,
     compiled,
@@ -164,7 +163,7 @@ def test_load_state_dict_assign_warns_once_and_step_raises() -> None:
     state = {k: v.clone() for k, v in net(seed=9).state_dict().items()}
     model.load_state_dict(state, assign=True)
     with pytest.warns(UserWarning, match="no elmo_compile optimizer owns") as caught:
-        loss = [step(*batch(i)) for i in (1, 2)][0]
+        loss, _ = step(*batch(1)), step(*batch(2))
     assert len(caught) == 1
     loss.backward()
     assert model.head.weight.grad is not None
@@ -314,20 +313,6 @@ def test_a_backward_that_dies_leaves_the_weight_marked(
     step(*batch(1)).backward()
     opt.step()
     assert_same(model, reference(net(), 2, momentum=0.9))
-
-
-class Tied(nn.Module):
-    """The head's weight is the embedding's."""
-
-    def __init__(self, *, alias: bool = False) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(LABELS, 8)
-        self.head = nn.Linear(8, LABELS, bias=False)
-        weight = self.embed.weight
-        self.head.weight = nn.Parameter(weight.data) if alias else weight
-
-    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.head(self.embed(tokens)), labels)
 
 
 @pytest.mark.parametrize("options", [EAGER, INDUCTOR], ids=["eager", "inductor"])
