@@ -51,11 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     optimizers = make_optimizers(model, fused=options.optimizer == "elmo")
     first = last = float("nan")
     for number in track(range(options.steps), "training", console=console, transient=True):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss = step(copying_task())
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
         last = loss.item()
         first = last if number == 0 else first
     console.print(f"loss {first:.3f} -> {last:.3f}", highlight=False)

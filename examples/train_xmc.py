@@ -165,10 +165,10 @@ def predict(options: argparse.Namespace, console: Console) -> None:
     row = hash_text(options.text, idf.numpy())
     no_labels = Rows(np.zeros(2, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
     ranked, probabilities = rank(model, Part(row, no_labels, np.zeros(1, np.int64)), options.top)
-    table = Table("probability", "depends on", title=f"“{options.text}”")
+    table = Table("probability", "depends on")
     for label, probability in zip(ranked[0], probabilities[0]):
         table.add_row(f"{probability:.3f}", saved["label_names"][label])
-    console.print(table)
+    console.print(f"“{options.text}”", table, sep="\n", markup=False, highlight=False)
 
 
 def save(trainer: Trainer, data: Dataset, position: Position, options: argparse.Namespace) -> None:

@@ -87,7 +87,7 @@ def _numbers(text: str, count: int) -> np.ndarray:
         warnings.simplefilter("error", DeprecationWarning)
         try:
             numbers = np.fromstring(text, sep=" ") if text.strip() else np.empty(0)
-        except DeprecationWarning as error:
+        except (DeprecationWarning, ValueError) as error:  # a warning before numpy 2.4
             raise ValueError("not a number") from error
     if len(numbers) != count:
         raise ValueError(f"{len(numbers)} numbers where {count} belong")
