@@ -38,11 +38,11 @@ def lower(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Ca
         return module
     from torch._inductor.compile_fx import compile_fx
 
-    with torch.compiler.config.patch(cache_key_tag=cache_tag(options)):
-        compiled: Callable[..., Any] = compile_fx(
-            module, list(inputs), config_patches=inductor_config(options)
-        )
-    return compiled
+    settings: Any = torch.compiler.config
+    with settings.patch(cache_key_tag=cache_tag(options)):
+        compiled: Any = compile_fx(module, list(inputs), config_patches=inductor_config(options))
+    call: Callable[..., Any] = compiled
+    return call
 
 
 def lower_later(module: fx.GraphModule, options: Options, dynamic: bool) -> Callable[..., Any]:

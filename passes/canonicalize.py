@@ -25,7 +25,8 @@ def retrace(region: Region) -> AtenRegion | Refusal:
     values = [value_of(node) for node in region.inputs]
     if not all(isinstance(value, torch.Tensor | torch.SymInt | int | float) for value in values):
         return _failed(region, "one of its inputs is neither a tensor nor a number")
-    modes = {t.fake_mode for t in map(tensor_of, region.inputs) if hasattr(t, "fake_mode")}
+    tensors: list[Any] = [tensor_of(node) for node in region.inputs]
+    modes = {tensor.fake_mode for tensor in tensors if hasattr(tensor, "fake_mode")}
     if len(modes) != 1:
         return _failed(region, f"its inputs belong to {len(modes)} fake modes")
     try:

@@ -35,7 +35,7 @@ def find_regions(module: fx.GraphModule, min_outputs: int) -> tuple[Region, ...]
     regions: list[Region] = []
     inherited: dict[fx.Node, Autocast] = {}
     for site in sites(module):
-        outer = inherited.get(site.path[-1]) if site.path else ambient_autocast()
+        outer = inherited.get(site.path[-1], ()) if site.path else ambient_autocast()
         autocast = autocast_states(site.graph, outer)
         inherited.update(autocast)
         grad = grad_modes(site.graph)

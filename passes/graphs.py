@@ -23,6 +23,11 @@ def value_of(node: Any) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """A node's positional arguments, untyped: FX's own type is a union of twenty."""
+    return node.args
+
+
 def tensor_of(node: Any) -> torch.Tensor | None:
     """The fake tensor a node stands for, or None."""
     value = value_of(node)
@@ -75,15 +80,12 @@ class Site:
     def outer(self, placeholder: fx.Node) -> fx.Node | None:
         """The top-level node that a placeholder stands for, or None if a body computes it."""
         node = placeholder
-        site_path = self.path
-        module = self.module
-        while site_path:
-            position = list(module.graph.find_nodes(op="placeholder")).index(node)
-            call = site_path[-1]
+        for call in reversed(self.path):
+            position = list(node.graph.find_nodes(op="placeholder")).index(node)
             argument = call.args[1 + position]
             if not isinstance(argument, fx.Node) or argument.op != "placeholder":
                 return None
-            node, module, site_path = argument, argument.graph.owning_module, site_path[:-1]
+            node = argument
         return node
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from elmo_compile.passes.graphs import hint, hints, tensor_of
+from elmo_compile.passes.graphs import args_of, hint, hints, tensor_of
 from elmo_compile.passes.match.refuse import NoMatch
 from elmo_compile.passes.match.state import Kind, Logits, WeightView
 from elmo_compile.passes.records import RowOp
@@ -39,7 +39,7 @@ _VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.d
 
 def linear_head(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | None:
     """x W^T (+ b) in any spelling -> Logits."""
-    target, args = node.target, node.args
+    target, args = node.target, args_of(node)
     x: Any
     w: Any
     bias: Any = None
@@ -76,7 +76,7 @@ def linear_head(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | Non
 
 def weight_view(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | None:
     """`w.t()`, `w.T`, `w.mT`, casts of w -> WeightView."""
-    source = node.args[0] if node.args else None
+    source = args_of(node)[0] if args_of(node) else None
     if not isinstance(source, fx.Node):
         return None
     known = kinds.get(source)
@@ -91,8 +91,9 @@ def weight_view(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | Non
         assert before is not None
         assert after is not None
         swapped = hints(before.shape) == hints(after.shape)[::-1]
-        identity = node.target is aten.permute.default and list(node.args[1]) in ([0, 1], [-2, -1])
-        if node.target is aten.transpose.int and node.args[1] == node.args[2]:
+        dims = args_of(node)[1:]
+        identity = node.target is aten.permute.default and list(dims[0]) in ([0, 1], [-2, -1])
+        if node.target is aten.transpose.int and dims[0] == dims[1]:
             identity = True
         return known if identity or not swapped else WeightView(known.node, not known.transposed)
     if node.target in CASTS and not _keeps_values(node):
@@ -104,7 +105,7 @@ def add_bias(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | None:
     """logits + b, b of shape [L] -> Logits with a bias."""
     if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
         return None
-    for logits, other in (node.args, node.args[::-1]):
+    for logits, other in (args_of(node), args_of(node)[::-1]):
         known = kinds.get(logits) if isinstance(logits, fx.Node) else None
         tensor = tensor_of(other)
         if isinstance(known, Logits) and tensor is not None and hints(tensor.shape) == (L,):
@@ -116,7 +117,7 @@ def add_bias(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | None:
 
 def rearranged_rows(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | None:
     """Casts, views, transposes and slices of logits that keep every output -> Logits."""
-    source = node.args[0] if node.args else None
+    source = args_of(node)[0] if args_of(node) else None
     known = kinds.get(source) if isinstance(source, fx.Node) else None
     before, after = tensor_of(source), tensor_of(node)
     if not isinstance(known, Logits) or before is None or after is None:
@@ -136,20 +137,20 @@ def rearranged_rows(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind |
         return None
     if target in _VIEWS:
         D = _features(known)
-        return _with(known, RowOp(aten.reshape.default, ([*node.args[1][:-1], D],)))
+        return _with(known, RowOp(aten.reshape.default, ([*args_of(node)[1][:-1], D],)))
     if target is aten.flatten.using_ints:
-        start, end = (dim % rank for dim in (*node.args[1:3], 0, -1)[:2])
+        start, end = (dim % rank for dim in (*args_of(node)[1:3], 0, -1)[:2])
         return _with(known, RowOp(target, (start, end))) if end < rank - 1 else None
     if target in (aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim):
-        dim = node.args[1] if len(node.args) > 1 else 0
+        dim = args_of(node)[1] if len(args_of(node)) > 1 else 0
         dim = dim + rank + (target is aten.unsqueeze.default) if dim < 0 else dim
         if dim >= rank - (target is not aten.unsqueeze.default):
             return known if _keeps_all(node, L) else None
-        return _with(known, RowOp(target, (dim, *node.args[2:])))
-    if target is aten.index.Tensor and len(node.args[1]) < rank:
-        return _with(known, RowOp(target, tuple(node.args[1:])))
-    if target in (aten.index_select.default,) and node.args[1] % rank != rank - 1:
-        return _with(known, RowOp(target, tuple(node.args[1:])))
+        return _with(known, RowOp(target, (dim, *args_of(node)[2:])))
+    if target is aten.index.Tensor and len(args_of(node)[1]) < rank:
+        return _with(known, RowOp(target, tuple(args_of(node)[1:])))
+    if target in (aten.index_select.default,) and args_of(node)[1] % rank != rank - 1:
+        return _with(known, RowOp(target, tuple(args_of(node)[1:])))
     return None
 
 
@@ -159,7 +160,7 @@ def _keeps_values(node: fx.Node) -> bool:
     Not: to another device, to integers, or wider after a cast that was narrower (a rounding the
     program asked for, such as a simulated quantization).
     """
-    source: Any = node.args[0]
+    source: Any = args_of(node)[0]
     before, after = tensor_of(source), tensor_of(node)
     assert before is not None
     assert after is not None
@@ -182,7 +183,7 @@ def _keeps_all(node: fx.Node, L: int) -> bool:
     """`z[..., :]`: a slice of the outputs that keeps all of them."""
     if node.target is not aten.slice.Tensor:
         return False
-    start, end, step = (*node.args[2:5], None, None, None)[:3]
+    start, end, step = (*args_of(node)[2:5], None, None, None)[:3]
     return (
         start in (0, None)
         and step in (1, None)
@@ -194,9 +195,9 @@ def _transposed(known: Logits, node: fx.Node, rank: int) -> Logits | None:
     """A permutation of rows, or one that moves the outputs to dimension 1 (torch's class dim)."""
     order = list(range(rank))
     if node.target is aten.permute.default:
-        order = [dim % rank for dim in node.args[1]]
+        order = [dim % rank for dim in args_of(node)[1]]
     elif node.target is aten.transpose.int:
-        a, b = (dim % rank for dim in node.args[1:3])
+        a, b = (dim % rank for dim in args_of(node)[1:3])
         order[a], order[b] = order[b], order[a]
     else:
         order = (
@@ -231,7 +232,7 @@ def _weight(node: Any, kinds: dict[fx.Node, Kind], *, want_transposed: bool) -> 
 
 def _einsum(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> tuple[Any, fx.Node | None]:
     """`bd,vd->bv` with any letters and either operand order."""
-    equation, operands = node.args[0].replace(" ", ""), list(node.args[1])
+    equation, operands = args_of(node)[0].replace(" ", ""), list(args_of(node)[1])
     left, _, out = equation.partition("->")
     terms = left.split(",")
     if len(operands) != 2 or len(terms) != 2 or not out or "." in equation:

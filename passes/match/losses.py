@@ -9,10 +9,10 @@ import torch
 import torch.fx as fx
 
 from elmo_compile.numerics.losses import BCE, CE, LossSpec, Reduction
-from elmo_compile.passes.graphs import tensor_of, value_of
+from elmo_compile.passes.graphs import args_of, tensor_of, value_of
 from elmo_compile.passes.match.linear import CASTS, SAME
 from elmo_compile.passes.match.refuse import NoMatch
-from elmo_compile.passes.match.state import Kind, Logits, Loss
+from elmo_compile.passes.match.state import Extent, Kind, Logits, Loss
 from elmo_compile.passes.match.targets import target_of
 from elmo_compile.passes.records import AtenRegion, RowOp
 from elmo_compile.report.records import Code
@@ -27,7 +27,8 @@ def softmax_cross_entropy(
     """cross_entropy(logits, class ids) -> Loss."""
     if node.target is not aten.cross_entropy_loss.default:
         return None
-    given = dict(zip(("logits", "target", "weight", "reduction", "ignore", "smoothing"), node.args))
+    names = ("logits", "target", "weight", "reduction", "ignore", "smoothing")
+    given = dict(zip(names, args_of(node)))
     logits = _logits(node, given["logits"], kinds)
     target = given["target"]
     classes, z = tensor_of(target), tensor_of(given["logits"])
@@ -55,7 +56,7 @@ def softmax_cross_entropy(
     ignore = given.get("ignore", -100)
     spec = LossSpec(name=CE, targets="classes", reduction=reduction, ignore_index=ignore)
     flat = RowOp(aten.reshape.default, ([-1],))
-    extent = "rows" if reduction == "none" else "scalar"
+    extent: Extent = "rows" if reduction == "none" else "scalar"
     rows = z.numel() // L
     return Loss(logits, spec, target, None, (flat,), None, rows, extent)
 
@@ -66,7 +67,7 @@ def sigmoid_bce(
     """binary_cross_entropy_with_logits(logits, targets) -> Loss."""
     if node.target is not aten.binary_cross_entropy_with_logits.default:
         return None
-    given = dict(zip(("logits", "target", "weight", "pos_weight", "reduction"), node.args))
+    given = dict(zip(("logits", "target", "weight", "pos_weight", "reduction"), args_of(node)))
     logits = _logits(node, given["logits"], kinds)
     for name in ("weight", "pos_weight"):
         if given.get(name) is not None:
@@ -89,7 +90,7 @@ def sigmoid_bce(
         reduction=_REDUCTIONS[given.get("reduction", 1)],
     )  # fmt: skip
     built = None if targets.form == "dense" or dense is None else dense.dtype
-    extent = "elements" if spec.reduction == "none" else "scalar"
+    extent: Extent = "elements" if spec.reduction == "none" else "scalar"
     rows = z.numel() // L
     return Loss(logits, spec, targets.node, targets.aux, targets.row_ops, built, rows, extent)
 
@@ -102,20 +103,20 @@ def reduced(node: fx.Node, kinds: dict[fx.Node, Kind], L: int, region: AtenRegio
         return known if whole and value_of(node).is_floating_point() else None
     if known is None or known.spec.reduction != "none":
         return None
-    before = tensor_of(node.args[0])
+    before = tensor_of(args_of(node)[0])
     assert before is not None
     mean = node.target in (aten.mean.default, aten.mean.dim)
     last: tuple[Any, ...] = (L,) if known.extent == "elements" else ()
     sizes: tuple[Any, ...] = ("rows", *last)
     if node.target in (aten.sum.default, aten.mean.default):
-        over_rows = _replace(known, reduction="sum", extent="scalar")
+        over_rows = _summed(known)
     elif node.target in (aten.sum.dim_IntList, aten.mean.dim):
-        dims = [dim % before.ndim for dim in node.args[1] or range(before.ndim)]
-        keepdim = node.args[2] if len(node.args) > 2 else False
+        dims = [dim % before.ndim for dim in args_of(node)[1] or range(before.ndim)]
+        keepdim = args_of(node)[2] if len(args_of(node)) > 2 else False
         if keepdim:
             return None
         if len(dims) == before.ndim:
-            over_rows = _replace(known, reduction="sum", extent="scalar")
+            over_rows = _summed(known)
         elif dims == [before.ndim - 1] and known.extent == "elements":
             over_rows, sizes = dataclasses.replace(known, extent="rows"), last
         else:
@@ -131,14 +132,19 @@ def scaled(node: fx.Node, kinds: dict[fx.Node, Kind], L: int, region: AtenRegion
     if known is None or known.extent == "elements":
         return None
     if node.target in CASTS or node.target in SAME:
-        before, out = tensor_of(node.args[0]), tensor_of(node)
+        before, out = tensor_of(args_of(node)[0]), tensor_of(node)
         assert before is not None
         assert out is not None
         return known if out.is_floating_point() and out.device == before.device else None
     if node.target in (aten.div.Tensor, aten.div.Scalar) and not node.kwargs:
-        return _divided(known, node.args[1])
-    if node.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(node.args[1], int | float):
-        return dataclasses.replace(known, scale=known.scale * node.args[1])
+        return _divided(known, args_of(node)[1])
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar):
+        by = args_of(node)[1]
+        return (
+            dataclasses.replace(known, scale=known.scale * by)
+            if isinstance(by, int | float)
+            else None
+        )
     return None
 
 
@@ -150,13 +156,13 @@ def _divided(loss: Loss, by: Any) -> Loss | None:
     return None
 
 
-def _replace(loss: Loss, *, reduction: Reduction, extent: Any) -> Loss:
-    spec = dataclasses.replace(loss.spec, reduction=reduction)
-    return dataclasses.replace(loss, spec=spec, extent=extent)
+def _summed(loss: Loss) -> Loss:
+    spec = dataclasses.replace(loss.spec, reduction="sum")
+    return dataclasses.replace(loss, spec=spec, extent="scalar")
 
 
 def _loss(node: fx.Node, kinds: dict[fx.Node, Kind]) -> Loss | None:
-    source = node.args[0] if node.args else None
+    source = args_of(node)[0] if args_of(node) else None
     known = kinds.get(source) if isinstance(source, fx.Node) else None
     return known if isinstance(known, Loss) else None
 

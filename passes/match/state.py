@@ -12,8 +12,11 @@ from typing import Any, Literal
 import torch
 import torch.fx as fx
 
-from elmo_compile.numerics.losses import LossSpec
+from elmo_compile.numerics.losses import LossSpec, TargetForm
 from elmo_compile.passes.records import RowOp
+
+
+Extent = Literal["elements", "rows", "scalar"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +45,7 @@ class Targets:
     """A multi-label target matrix [N, L] given by `form` (see LossSpec.targets)."""
 
     form: Literal["zeros", "ones_at", "dense"]
-    spec_form: str = "dense"
+    spec_form: TargetForm = "dense"
     node: fx.Node | None = None
     aux: fx.Node | None = None
     duplicates: Literal["once", "count"] = "once"
@@ -68,7 +71,7 @@ class Loss:
     built: torch.dtype | None
     rows: Any
     """N, as the trace knows it."""
-    extent: Literal["elements", "rows", "scalar"]
+    extent: Extent
     scale: float = 1.0
     divisors: tuple[Any, ...] = ()
 

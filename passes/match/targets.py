@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.fx as fx
 
-from elmo_compile.passes.graphs import hint, hints, same_shape, same_size, tensor_of
+from elmo_compile.numerics.losses import TargetForm
+from elmo_compile.passes.graphs import args_of, hint, hints, same_shape, same_size, tensor_of
 from elmo_compile.passes.match.linear import CASTS, SAME
 from elmo_compile.passes.match.state import Kind, OneHot, Targets
 from elmo_compile.passes.records import AtenRegion, RowOp
@@ -37,9 +38,9 @@ def zeros(node: fx.Node, kinds: dict[fx.Node, Kind], L: int, region: AtenRegion)
         return None
     if node.target in _FULLS:
         value = (
-            node.args[-1]
+            args_of(node)[-1]
             if node.target is aten.full_like.default
-            else node.args[1 + (node.target is aten.new_full.default)]
+            else args_of(node)[1 + (node.target is aten.new_full.default)]
         )
         if value != 0:
             return None
@@ -48,18 +49,18 @@ def zeros(node: fx.Node, kinds: dict[fx.Node, Kind], L: int, region: AtenRegion)
 
 def multi_hot(node: fx.Node, kinds: dict[fx.Node, Kind], L: int, region: AtenRegion) -> Kind | None:
     """elmo.multi_hot(indices, L) -> its indices."""
-    if node.target is not torch.ops.elmo.multi_hot.default or node.args[1] != L:
+    if node.target is not torch.ops.elmo.multi_hot.default or args_of(node)[1] != L:
         return None
-    offsets = node.args[2] if len(node.args) > 2 else None
-    form = "padded" if offsets is None else "flat"
-    return Targets("ones_at", form, node.args[0], offsets)
+    offsets = args_of(node)[2] if len(args_of(node)) > 2 else None
+    form: TargetForm = "padded" if offsets is None else "flat"
+    return Targets("ones_at", form, args_of(node)[0], offsets)
 
 
 def scattered(node: fx.Node, kinds: dict[fx.Node, Kind], L: int, region: AtenRegion) -> Kind | None:
     """zeros.scatter_(1, indices, 1) -> indices."""
     if node.target not in _SCATTERS or not _from_zeros(node, kinds):
         return None
-    _, dim, indices, value = node.args[:4]
+    _, dim, indices, value = args_of(node)[:4]
     tensor = tensor_of(indices)
     one = _is_one(value, region) if isinstance(value, fx.Node) else value == 1
     if dim not in (1, -1) or node.kwargs.get("reduce") or not one or tensor is None:
@@ -77,32 +78,32 @@ def put(node: fx.Node, kinds: dict[fx.Node, Kind], L: int, region: AtenRegion) -
         return None
     if (
         not _from_zeros(node, kinds)
-        or len(node.args[1]) != 2
-        or (len(node.args) > 3 and node.args[3])
+        or len(args_of(node)[1]) != 2
+        or (len(args_of(node)) > 3 and args_of(node)[3])
     ):
         return None
-    rows, columns = node.args[1]
+    rows, columns = args_of(node)[1]
     tensors = tensor_of(rows), tensor_of(columns)
     if any(t is None or t.dtype not in (torch.int64, torch.int32) for t in tensors):
         return None
-    if not _is_one(node.args[2], region):
+    if not _is_one(args_of(node)[2], region):
         return None
     return Targets("ones_at", "pairs", rows, columns)
 
 
 def one_hot(node: fx.Node, kinds: dict[fx.Node, Kind], L: int, region: AtenRegion) -> Kind | None:
     """one_hot(indices, L) -> OneHot, or targets with one positive a row."""
-    if node.target is not aten.one_hot.default or node.args[1] != L:
+    if node.target is not aten.one_hot.default or args_of(node)[1] != L:
         return None
-    tensor = tensor_of(node.args[0])
-    return OneHot(node.args[0]) if tensor is not None and tensor.ndim in (1, 2) else None
+    tensor = tensor_of(args_of(node)[0])
+    return OneHot(args_of(node)[0]) if tensor is not None and tensor.ndim in (1, 2) else None
 
 
 def one_hot_sum(
     node: fx.Node, kinds: dict[fx.Node, Kind], L: int, region: AtenRegion
 ) -> Kind | None:
     """one_hot(indices [N, P], L).sum(1) -> indices, repeats counted; .amax(1): once."""
-    source = node.args[0] if node.args else None
+    source = args_of(node)[0] if args_of(node) else None
     known = kinds.get(source) if isinstance(source, fx.Node) else None
     if not isinstance(known, OneHot):
         return None
@@ -111,27 +112,27 @@ def one_hot_sum(
     tensor = tensor_of(source)
     if node.target not in (aten.sum.dim_IntList, aten.amax.default) or tensor is None:
         return None
-    keepdim = node.args[2] if len(node.args) > 2 else False
-    if tensor.ndim != 3 or keepdim or list(node.args[1]) not in ([1], [-2]):
+    keepdim = args_of(node)[2] if len(args_of(node)) > 2 else False
+    if tensor.ndim != 3 or keepdim or list(args_of(node)[1]) not in ([1], [-2]):
         return None
-    repeats = "count" if node.target is aten.sum.dim_IntList else "once"
+    repeats: Literal["once", "count"] = "count" if node.target is aten.sum.dim_IntList else "once"
     return Targets("ones_at", "indices", known.indices, duplicates=repeats)
 
 
 def clamped(node: fx.Node, kinds: dict[fx.Node, Kind], L: int, region: AtenRegion) -> Kind | None:
     """Casts of targets; clamp(max=1), `> 0` and bool() of counts -> repeats count once."""
-    source = node.args[0] if node.args else None
+    source = args_of(node)[0] if args_of(node) else None
     known = kinds.get(source) if isinstance(source, fx.Node) else None
     if not isinstance(known, Targets) or known.form != "ones_at":
         return None
     out = tensor_of(node)
     if (node.target in CASTS or node.target in SAME) and out is not None:
         return dataclasses.replace(known, duplicates="once") if out.dtype == torch.bool else known
-    low, high = (*node.args[1:3], None, None)[:2]
+    low, high = (*args_of(node)[1:3], None, None)[:2]
     ceiling = node.target is aten.clamp.default and low in (None, 0) and high == 1
-    if node.target is aten.clamp_max.default and node.args[1] == 1:
+    if node.target is aten.clamp_max.default and args_of(node)[1] == 1:
         ceiling = True
-    if ceiling or (node.target is aten.gt.Scalar and node.args[1] == 0):
+    if ceiling or (node.target is aten.gt.Scalar and args_of(node)[1] == 0):
         return dataclasses.replace(known, duplicates="once")
     return None
 
@@ -159,7 +160,7 @@ def target_of(node: Any, kinds: dict[fx.Node, Kind], logits_shape: torch.Size) -
 
 def _from_zeros(node: fx.Node, kinds: dict[fx.Node, Kind]) -> bool:
     """Whether the written tensor is all zeros, and no view of it was taken before."""
-    source = node.args[0]
+    source = args_of(node)[0]
     known = kinds.get(source) if isinstance(source, fx.Node) else None
     return isinstance(known, Targets) and known.form == "zeros" and len(source.users) == 1
 
@@ -169,9 +170,9 @@ def _is_one(node: Any, region: AtenRegion) -> bool:
     if not isinstance(node, fx.Node):
         return False
     if node.target in SAME or node.target in CASTS or node.target is aten.lift_fresh_copy.default:
-        return _is_one(node.args[0], region)
+        return _is_one(args_of(node)[0], region)
     if node.target in (aten.expand.default, aten.view.default, aten.reshape.default):
-        return _is_one(node.args[0], region)
+        return _is_one(args_of(node)[0], region)
     if node.op == "get_attr":
         constant = getattr(region.module, str(node.target), None)
         return isinstance(constant, torch.Tensor) and constant.numel() == 1 and _item(constant) == 1
@@ -179,7 +180,7 @@ def _is_one(node: Any, region: AtenRegion) -> bool:
         origin = region.origin(node)
         only_here = all(user in region.region.nodes for user in origin.users)
         return only_here and _makes_ones(origin)
-    return node.target in _ONES or (node.target is aten.full.default and node.args[1] == 1)
+    return node.target in _ONES or (node.target is aten.full.default and args_of(node)[1] == 1)
 
 
 def _item(constant: torch.Tensor) -> Any:
