@@ -55,7 +55,8 @@ def inverse_propensity(
             f"{float(counts.min()):g} to {float(counts.max()):g}. Count points, not repeats, "
             "and pass the training set's number of points."
         )
-    return (counts + b).pow(-a) * ((math.log(num_points) - 1) * (b + 1) ** a) + 1
+    scale: float = (math.log(num_points) - 1) * (b + 1) ** a
+    return 1 + scale * (counts + b).pow(-a)
 
 
 def _constants(model: PropensityModel | tuple[float, float]) -> tuple[float, float]:
