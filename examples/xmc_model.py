@@ -27,7 +27,7 @@ Backend = Literal["elmo", "inductor", "eager"]
 LossValue = Literal["exact", "deferred"]
 
 KS = (1, 3, 5)
-EVALUATION_BATCH = 1024
+EVALUATION_BATCH = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
