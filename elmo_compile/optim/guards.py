@@ -61,8 +61,8 @@ def _refuse_clipping(args: Any, kwargs: Any) -> tuple[Any, Any]:
             raise FusedUpdateError(
                 f"gradient clipping was asked for, but the update of the head weight {owner.name} "
                 "is fused into backward(): it is applied already and has no gradient to clip. "
-                "Leave that parameter out, construct the optimizer with fused=False, or clip inside "
-                "the optimizer with max_norm= and update_at='step'"
+                "Leave that parameter out, construct the optimizer with fused=False, or clip "
+                "inside the optimizer with max_norm= and update_at='step'"
             )
     if args:
         return (params, *args[1:]), kwargs

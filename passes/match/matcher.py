@@ -144,7 +144,9 @@ def _finish(aten: AtenRegion, result: Loss, kinds: dict[fx.Node, Kind]) -> HeadM
             Code.UNKNOWN_LOSS, region.outputs[0], "the loss keeps one value for every output",
             "reduce it over the outputs inside the compiled function",
         )  # fmt: skip
-    compute = logits.compute_dtype
+    # Under autocast only Dynamo knows the product's dtype: the pre-dispatch trace sits above it.
+    seed = tensor_of(region.seed)
+    compute = logits.compute_dtype if seed is None else seed.dtype
     if compute not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise NoMatch(
             Code.UNSUPPORTED_DTYPE, region.seed, f"products in {compute}", "use bfloat16 or float32"

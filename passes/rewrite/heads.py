@@ -116,9 +116,9 @@ def _refuse_lost_gradients(new: fx.GraphModule, detached: set[int]) -> None:
                     continue
                 raise ElmoError(
                     f"the weight of a converted (bf16 or fp8) head is also read by {user.name} "
-                    f"({user.target}) at {source_of(user) or 'an unknown line'}, where its gradient "
-                    "would be rounded to the storage dtype or lost. Read weight.detach() there, or "
-                    "restore the head with elmo_compile.dequantize_head(model)"
+                    f"({user.target}) at {source_of(user) or 'an unknown line'}, where its "
+                    "gradient would be rounded to the storage dtype or lost. Read weight.detach() "
+                    "there, or restore the head with elmo_compile.dequantize_head(model)"
                 )
 
 

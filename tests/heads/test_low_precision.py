@@ -1,4 +1,4 @@
-"""Converted heads: eager arithmetic, storage through casts and state dicts, conversion's refusals."""
+"""Converted heads: eager arithmetic, casts and state dicts, what conversion refuses."""
 
 from __future__ import annotations
 
