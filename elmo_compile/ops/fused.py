@@ -145,7 +145,7 @@ def fused_head_loss_backward(
         owner.check_ticket(ticket)
         guard = {} if x.device.type == "cpu" else {"guard": _guard(owner, x, scale_N)}
         if x.device.type == "cpu":
-            _check_finite(owner, x, scale_N)
+            _check_finite(owner, x, scale_N, deferred=need_value)
         update = owner.next_update()
         with owner.applying():
             dx, db, rows_N = family.backward_update(
@@ -196,13 +196,19 @@ def _weight_is_wanted(owner: Owner) -> bool:
         ) from error
 
 
-def _check_finite(owner: Owner, x: Tensor, scale_N: Tensor) -> None:
+_DEFERRED = (
+    "; with loss_value='deferred' the loss is NaN until backward() has run, so nothing but "
+    "scaling and summing may be done to it before"
+)
+
+
+def _check_finite(owner: Owner, x: Tensor, scale_N: Tensor, *, deferred: bool) -> None:
     for what, tensor in (("features", x), ("upstream gradient", scale_N)):
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(
                 f"the {what} of the head {owner.name} hold NaN or infinity; the update was not "
                 "applied, since a NaN stored in the weight would be permanent. Check the loss "
-                "scale, the learning rate and the encoder"
+                "scale, the learning rate and the encoder" + (_DEFERRED if deferred else "")
             )
 
 
