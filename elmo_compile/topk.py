@@ -11,6 +11,9 @@ from elmo_compile import kernels
 from elmo_compile.errors import InputError, OptionError
 from elmo_compile.planner import default_compute_dtype
 
+WEIGHT_DTYPES = (
+    torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float64,
+)  # fmt: skip
 CHUNK = 8192
 """Outputs scored at once."""
 
@@ -29,7 +32,7 @@ def topk(features: Tensor, weight: Tensor, k: int, *, bias: Tensor | None = None
 
     Args:
         features: x [..., D], floating point.
-        weight: W [L, D], float32, bfloat16, float16 or float8_e4m3fn.
+        weight: W [L, D], float32, bfloat16, float16, float8_e4m3fn or float64.
         k: at least 1, at most L.
         bias: b [L], or None.
 
@@ -45,10 +48,13 @@ def topk(features: Tensor, weight: Tensor, k: int, *, bias: Tensor | None = None
             f"topk: features {tuple(features.shape)} do not fit weight {tuple(weight.shape)}; "
             "accepted: [..., D] and [L, D]"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
         raise InputError(
-            f"topk: bias {tuple(bias.shape)}; accepted: [{weight.shape[0]}], one an output"
+            f"topk: bias {tuple(bias.shape)} of {bias.dtype}; accepted: [{weight.shape[0]}], "
+            "floating point, one an output"
         )
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise InputError(f"topk: weight is {weight.dtype}; accepted: {WEIGHT_DTYPES}")
     if not features.is_floating_point() or features.device != weight.device:
         raise InputError(
             f"topk: features are {features.dtype} on {features.device}, the weight is on "

@@ -208,10 +208,10 @@ def test_small_updates_survive_on_average_with_stochastic_rounding_only(
             assert moved == pytest.approx(1.0, abs=0.08)  # 16384 weights, 20 steps of 0.05
 
 
-def test_lowerings_store_the_same(kind: str = "bce") -> None:
+def test_lowerings_store_the_same() -> None:
     weights = []
     for options in (EAGER, INDUCTOR):
-        model = elmo.convert_head(net(kind), FP8)
+        model = elmo.convert_head(net("bce"), FP8)
         step, opt = owned(model, options)
         for i in range(2):
             step(*batch(i)).backward()

@@ -28,12 +28,12 @@ def make_problem(
     """Check one call's tensors and express sparse targets as sorted pairs. Raises InputError."""
     from elmo_compile.kernels.targets import check_targets, positives_of
 
-    N, D = x_ND.shape
-    L = w_LD.shape[0]
-    if w_LD.shape[1] != D:
-        raise InputError(f"features have {D} columns but the head's weight {tuple(w_LD.shape)}")
-    if not x_ND.is_floating_point():
-        raise InputError(f"features must be floating point, got {x_ND.dtype}")
+    N, L = x_ND.shape[0], w_LD.shape[0]
+    _check_operands(x_ND, w_LD, b_L)
+    _check_target(spec, target, N, L)
+    devices = {str(t.device) for t in (x_ND, w_LD, b_L, target, target_aux) if t is not None}
+    if len(devices) > 1:
+        raise InputError(f"a head's tensors are on {sorted(devices)}; accepted: one device")
     if not w_LD.is_contiguous():
         w_LD = w_LD.contiguous()
     check_targets(spec, target, target_aux, N, L)
@@ -47,6 +47,45 @@ def make_problem(
         chunk=chunk,
         compute_dtype=compute,
     )
+
+
+def _check_operands(x_ND: Tensor, w_LD: Tensor, b_L: Tensor | None) -> None:
+    """Raise InputError unless features, weight and bias fit each other."""
+    if x_ND.dim() != 2 or not x_ND.is_floating_point():
+        raise InputError(
+            f"features are {x_ND.dtype} {tuple(x_ND.shape)}; accepted: floating point "
+            "[rows, features]"
+        )
+    if w_LD.dim() != 2 or w_LD.shape[1] != x_ND.shape[1]:
+        raise InputError(
+            f"features have {x_ND.shape[1]} columns but the head's weight is {tuple(w_LD.shape)}; "
+            "accepted: [outputs, features]"
+        )
+    if b_L is not None and (b_L.shape != w_LD.shape[:1] or not b_L.is_floating_point()):
+        raise InputError(
+            f"the head's bias is {b_L.dtype} {tuple(b_L.shape)}; accepted: floating point, one for "
+            f"each of {w_LD.shape[0]} outputs"
+        )
+
+
+def _check_target(spec: LossSpec, target: Tensor, num_rows: int, num_outputs: int) -> None:
+    """Raise InputError unless the target has the shape and dtype of its form."""
+    if spec.targets in ("flat", "pairs"):
+        fits, accepted = target.dim() == 1, "[labels]"
+    elif spec.targets == "dense":
+        fits, accepted = target.shape == (num_rows, num_outputs), f"[{num_rows}, {num_outputs}]"
+    elif spec.targets == "classes":
+        fits, accepted = target.shape == (num_rows,), f"[{num_rows}], one a row"
+    else:
+        fits = target.dim() == 2 and target.shape[0] == num_rows
+        accepted = f"[{num_rows}, labels a row]"
+    if spec.targets != "dense" and target.dtype != torch.int64:
+        fits, accepted = False, f"int64 {accepted}"
+    if not fits:
+        raise InputError(
+            f"targets given as {spec.targets!r} are {target.dtype} {tuple(target.shape)}; "
+            f"accepted: {accepted}"
+        )
 
 
 def row_factor(

@@ -65,12 +65,15 @@ def multi_hot(indices: Tensor, num_classes: int, *, offsets: Tensor | None = Non
             f"{'no offsets' if offsets is None else 'offsets'}"
         )
     if offsets is not None and (
-        offsets.ndim != 1 or offsets.dtype not in (torch.int64, torch.int32)
+        offsets.ndim != 1
+        or offsets.shape[0] == 0
+        or offsets.dtype not in (torch.int64, torch.int32)
     ):
         raise InputError(
             f"multi_hot: offsets must be int64 [N + 1], got {offsets.dtype} {tuple(offsets.shape)}"
         )
-    if isinstance(num_classes, bool) or num_classes < 1:
+    whole = isinstance(num_classes, int | torch.SymInt) and not isinstance(num_classes, bool)
+    if not whole or num_classes < 1:
         raise InputError(f"multi_hot: num_classes must be a positive int, got {num_classes!r}")
     y: Tensor = torch.ops.elmo.multi_hot(
         indices.long(), num_classes, None if offsets is None else offsets.long()

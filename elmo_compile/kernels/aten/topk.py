@@ -58,7 +58,8 @@ def topk(
 
 def _keys(z_NC: Tensor, start: int) -> Tensor:
     """int64 that orders as (logit, then lower index first): the logit's bits above the index's."""
-    bits = (z_NC + 0.0).view(torch.int32)  # -0 becomes 0
+    # -0 becomes 0, and every NaN the one that ranks above infinity, as in torch.topk.
+    bits = torch.where(z_NC == z_NC, z_NC + 0.0, torch.nan).view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
     index = torch.arange(start, start + z_NC.shape[1])
     return (ordered << 32) | (_LOW - index)
