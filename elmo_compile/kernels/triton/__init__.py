@@ -4,5 +4,6 @@ Importing this package imports Triton, and fixes interpreter or compiler by TRIT
 """
 
 from elmo_compile.kernels.triton.head import backward, backward_update, forward
+from elmo_compile.kernels.triton.topk import topk
 
-__all__ = ["backward", "backward_update", "forward"]
+__all__ = ["backward", "backward_update", "forward", "topk"]

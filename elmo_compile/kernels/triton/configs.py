@@ -39,6 +39,8 @@ class Tiles:
 
     logits: Tile
     """Rows of the batch x outputs, over features."""
+    logits_narrow: Tile
+    """The same, where the epilogue holds a second float32 tile: see `Call.logits_tile`."""
     features: Tile
     """Rows of the batch x features, over outputs."""
     weights: Tile
@@ -46,33 +48,41 @@ class Tiles:
 
 
 _SMALL = Tiles(
-    logits=Tile(16, 32, 32, 1, 1), features=Tile(16, 32, 32, 1, 1), weights=Tile(32, 16, 16, 1, 1)
+    logits=Tile(16, 32, 32, 1, 1),
+    logits_narrow=Tile(16, 32, 32, 1, 1),
+    features=Tile(16, 32, 32, 1, 1),
+    weights=Tile(32, 16, 16, 1, 1),
 )
 _FLOAT = Tile(64, 64, 32, 4, 2)
+_FLOATS = Tiles(logits=_FLOAT, logits_narrow=_FLOAT, features=_FLOAT, weights=_FLOAT)
 _TABLE: dict[tuple[int, str], Tiles] = {
     (INTERPRETER, "half"): _SMALL,
     (INTERPRETER, "float"): _SMALL,
     (80, "half"): Tiles(
         logits=Tile(128, 128, 64, 8, 3),
+        logits_narrow=Tile(128, 64, 64, 8, 3),
         features=Tile(128, 128, 64, 8, 3),
         weights=Tile(128, 64, 64, 8, 2),
     ),
     (89, "half"): Tiles(
         logits=Tile(128, 128, 32, 8, 3),
+        logits_narrow=Tile(64, 64, 32, 8, 3),
         features=Tile(128, 128, 32, 8, 3),
         weights=Tile(128, 64, 64, 8, 2),
     ),
     (90, "half"): Tiles(
         logits=Tile(128, 128, 64, 8, 3),
+        logits_narrow=Tile(128, 64, 64, 8, 3),
         features=Tile(128, 128, 64, 8, 3),
         weights=Tile(128, 64, 64, 8, 2),
     ),
     (100, "half"): Tiles(
         logits=Tile(128, 128, 64, 8, 3),
+        logits_narrow=Tile(128, 64, 64, 8, 3),
         features=Tile(128, 128, 64, 8, 3),
         weights=Tile(128, 64, 64, 8, 2),
     ),
-} | {(chip, "float"): Tiles(logits=_FLOAT, features=_FLOAT, weights=_FLOAT) for chip in CHIPS}
+} | {(chip, "float"): _FLOATS for chip in CHIPS}
 
 _assumed: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
     "elmo_assumed_chip", default=None

@@ -19,7 +19,7 @@ from elmo_compile.kernels.triton.device_math import (
 from elmo_compile.kernels.triton.launch import Call, Targets, prepare_targets
 from elmo_compile.kernels.triton.product import logits_tile
 from elmo_compile.kernels.triton.storage import narrow
-from elmo_compile.kernels.triton.targets import bce_tile, class_hits
+from elmo_compile.kernels.triton.targets import bce_tile, class_hits, dense_tile
 from elmo_compile.numerics.losses import CE
 
 
@@ -29,6 +29,7 @@ def _gradient_kernel(
     w_ptr,
     b_ptr,
     lse_ptr,
+    mass_ptr,
     g_ptr,
     value_ptr,
     target_ptr,
@@ -76,15 +77,21 @@ def _gradient_kernel(
         g = tl.where(counted[:, None], g, 0.0)
         if value_ptr is not None:
             tl.store(value_ptr + n0 + rows, -at_class, mask=here)
+    elif lse_ptr is not None:
+        t = z - tl.load(lse_ptr + n0 + rows, mask=row_real, other=0.0)[:, None]
+        mass = tl.load(mass_ptr + n0 + rows, mask=row_real, other=0.0)[:, None]
+        y = dense_tile(target_ptr, target_n, target_l, n0, l0, N, L, BLOCK_L, BLOCK_N)
+        g = (mass - y) * tl.exp(t) + y * expm1_nonpositive(t)
+        value = tile_sum(tl.where(output_real[None, :], -y * t, 0.0), 1)
     else:
         g, value = bce_tile(
             z, target_ptr, target_n, target_l, rows_ptr, cols_ptr, values_ptr, bounds_ptr,
             tile, n0, l0, first_output, N, L, BLOCK_L, BLOCK_N, TARGETS,
         )  # fmt: skip
-        if value_ptr is not None:
-            sums = value_ptr + tile.to(tl.int64) * N + n0 + rows
-            before = tl.load(sums, mask=row_real, other=0.0)
-            tl.store(sums, before + value.to(tl.float64), mask=row_real)
+    if value_ptr is not None and TARGETS != "classes":
+        sums = value_ptr + tile.to(tl.int64) * N + n0 + rows
+        before = tl.load(sums, mask=row_real, other=0.0)
+        tl.store(sums, before + value.to(tl.float64), mask=row_real)
     base = g_ptr + n0.to(tl.int64) * g_stride + l0
     tl.store(
         base + rows[:, None] * g_stride + outputs[None, :],
@@ -102,16 +109,19 @@ class Gradient:
 
     def __init__(self, c: Call, stats_N: Tensor, need_value: bool) -> None:
         N, _, _ = c.shape
-        tile = c.tiles.logits
+        self._tile = tile = c.logits_tile(value=need_value)
         self._call = c
-        self._lse_N = stats_N
+        self._lse_N = stats_N if c.problem.loss.name == CE else None
         self._block_n = batch_block(tile.rows, N)
         self._targets: Targets = prepare_targets(c, c.chunk, tile.columns)
+        self._mass_N = None
+        if self._lse_N is not None and self._targets.kind == "dense":
+            self._mass_N = self._targets.mass().float()
         self.g_NL = c.x_ND.new_zeros((N, -(-c.chunk // 128) * 128))
         self._value = None
         if need_value:
-            # BCE: float64 sums of each tile position over the chunks. Cross entropy: the rows.
-            shape = (N,) if c.problem.loss.name == CE else (-(-c.chunk // tile.columns), N)
+            # float64 sums of each tile position over the chunks; for classes the rows themselves.
+            shape = (N,) if self._targets.kind == "classes" else (-(-c.chunk // tile.columns), N)
             dtype = torch.float32 if len(shape) == 1 else torch.float64
             self._value = c.x_ND.new_zeros(shape, dtype=dtype)
 
@@ -123,14 +133,15 @@ class Gradient:
 
     def fill(self, number: int, start: int, stop: int) -> Tensor:
         """g_NL[:, : stop - start] for the chunk `number`, outputs [start, stop)."""
-        c, tile = self._call, self._call.tiles.logits
+        c, tile = self._call, self._tile
         N, D, _ = c.shape
         grid = -(-(stop - start) // tile.columns) * -(-N // self._block_n)
         _gradient_kernel[(grid,)](
             c.x_ND,
             c.w_LD[start:stop],
             None if c.b_L is None else c.b_L[start:stop],
-            self._lse_N if c.problem.loss.name == CE else None,
+            self._lse_N,
+            self._mass_N,
             self.g_NL,
             self._value,
             N=N,

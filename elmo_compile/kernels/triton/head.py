@@ -19,6 +19,7 @@ from elmo_compile.numerics.losses import CE
 from elmo_compile.numerics.update import Update
 
 
+@torch.no_grad()
 def forward(p: HeadProblem) -> Forward:
     """The loss of each row and, for cross entropy, its log-sum-exp, in one pass over the weight."""
     with torch.cuda.device_of(p.x_ND):
@@ -28,14 +29,15 @@ def forward(p: HeadProblem) -> Forward:
         return Forward(bce_rows(c), c.x_ND.new_empty((0,), dtype=torch.float32))
 
 
+@torch.no_grad()
 def backward(
     p: HeadProblem,
     stats_N: Tensor,
     scale_N: Tensor,
     *,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
+    need_dx: bool = True,
+    need_dw: bool = True,
+    need_db: bool = True,
 ) -> Gradients:
     """Gradients of `sum_n scale_n loss_n`, chunk by chunk.
 
@@ -56,15 +58,16 @@ def backward(
         return Gradients(dx_ND, dw_LD, db_L)
 
 
+@torch.no_grad()
 def backward_update(
     p: HeadProblem,
     stats_N: Tensor,
     scale_N: Tensor,
     update: Update,
     *,
-    need_dx: bool,
-    need_db: bool,
-    need_value: bool,
+    need_dx: bool = True,
+    need_db: bool = True,
+    need_value: bool = False,
     guard: Tensor | None = None,
 ) -> UpdateResult:
     """dx and db from the weight as it was, and the weight and momentum updated in place.
@@ -75,7 +78,7 @@ def backward_update(
         p: the call. stats_N: as `forward` gave it. scale_N: float32 [N], any strides.
         update: hyper-parameters, momentum and rounding counters.
         need_dx, need_db, need_value: what else to compute; the rest is None.
-        guard: int32 [1] on the device, or None. Not zero: weight and momentum stay as they are.
+        guard: None, or one int32 on the device: not zero leaves weight and momentum as they are.
     """
     with torch.cuda.device_of(p.x_ND):
         c = prepare(p)

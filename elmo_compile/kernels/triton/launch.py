@@ -13,7 +13,7 @@ from elmo_compile.errors import InputError
 from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.kernels.triton import configs
 from elmo_compile.kernels.triton.positives import tile_bounds
-from elmo_compile.numerics.losses import CE, Positives
+from elmo_compile.numerics.losses import Positives
 
 _COMPUTE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
@@ -50,6 +50,17 @@ class Call:
             "COMPUTE": _COMPUTE[self.problem.compute_dtype],
             "PRECISION": "tf32" if tf32 or not exact else "ieee",
         }
+
+    def logits_tile(self, *, value: bool) -> configs.Tile:
+        """The tile of the logits' product. `value`: the loss itself is formed, not only g.
+
+        BCE's value, and targets that are more than marks, keep a second tile in registers.
+        """
+        target = self.problem.target
+        marks = isinstance(target, Positives) and target.values_M is None
+        if self.problem.loss.targets == "classes" or (marks and not value):
+            return self.tiles.logits
+        return self.tiles.logits_narrow
 
     def chunks(self) -> Iterator[tuple[int, int, int]]:
         """(number, first output, one past the last) of each chunk."""
@@ -101,6 +112,10 @@ class Targets:
     bounds: Tensor | None = None
     """int64 [chunks, tiles + 1], see `tile_bounds`."""
 
+    def mass(self) -> Tensor:
+        """float64 [N]: the sum of each row's dense targets."""
+        return self.target.sum(1, dtype=torch.float64)
+
     def arguments(self, number: int, start: int) -> dict:
         """Kernel arguments for the chunk `number` that begins at output `start`."""
         dense = self.kind == "dense"
@@ -120,7 +135,7 @@ class Targets:
 def prepare_targets(c: Call, chunk: int, block: int) -> Targets:
     """Targets for chunks of `chunk` outputs cut in tiles of `block`."""
     given = c.problem.target
-    if c.problem.loss.name == CE:
+    if c.problem.loss.targets == "classes":
         return Targets(kind="classes", target=given.contiguous())
     if isinstance(given, Positives):
         return Targets(

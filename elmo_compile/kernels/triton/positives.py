@@ -11,7 +11,7 @@ from torch import Tensor
 
 from elmo_compile.kernels.triton.storage import operand
 
-PAIRS_AT_ONCE = tl.constexpr(32)
+PAIRS_AT_ONCE = tl.constexpr(16)
 """Pairs taken into a tile by one product of one-hot matrices."""
 
 

@@ -14,7 +14,7 @@ from elmo_compile.kernels.triton.configs import batch_block
 from elmo_compile.kernels.triton.device_math import ceil_div, tile_max, tile_sum
 from elmo_compile.kernels.triton.launch import Call, prepare_targets
 from elmo_compile.kernels.triton.product import logits_tile
-from elmo_compile.kernels.triton.targets import bce_tile, class_hits
+from elmo_compile.kernels.triton.targets import bce_tile, class_hits, dense_tile
 
 
 @triton.jit
@@ -70,6 +70,8 @@ def _ce_rows_kernel(
     w_ptr,
     b_ptr,
     target_ptr,
+    target_n,
+    target_l,
     maximum_ptr,
     total_ptr,
     at_target_ptr,
@@ -84,10 +86,12 @@ def _ce_rows_kernel(
     EVEN_K: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
+    TARGETS: tl.constexpr,
 ):
     """maximum[p, n] and total[p, n] = sum exp(z - maximum) over the tiles p, p + P, ...
 
-    at_target[n] is written by the one program whose tiles hold the row's class.
+    `classes`: at_target[n], the logit of the row's class, is written by the one program whose tiles
+    hold it. `dense`: at_target[p, n] is the sum of y z over the program's tiles.
     """
     blocks = ceil_div(N, BLOCK_N)
     n0 = (tl.program_id(0) % blocks) * BLOCK_N
@@ -95,16 +99,22 @@ def _ce_rows_kernel(
     rows = tl.arange(0, BLOCK_N)
     highest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.full((BLOCK_N,), 0.0, tl.float64)
+    weighted = tl.full((BLOCK_N,), 0.0, tl.float64)
     for tile in tl.range(p, ceil_div(L, BLOCK_L), P, num_stages=1):
         l0 = tile * BLOCK_L
         z = logits_tile(
             x_ptr, w_ptr, b_ptr, n0, l0, N, D, L,
             BLOCK_L, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE, PRECISION,
         )  # fmt: skip
-        hit, here, _ = class_hits(target_ptr, n0, l0, 0, N, ignore_index, BLOCK_L, BLOCK_N)
-        tl.store(at_target_ptr + n0 + rows, tile_sum(tl.where(hit, z, 0.0), 1), mask=here)
-        real = tl.arange(0, BLOCK_L) < L - l0
-        z = tl.where(real[None, :], z, float("-inf"))
+        real = (tl.arange(0, BLOCK_L) < L - l0)[None, :]
+        if TARGETS == "dense":
+            y = dense_tile(target_ptr, target_n, target_l, n0, l0, N, L, BLOCK_L, BLOCK_N)
+            weighted += tile_sum(tl.where(real, y * z, 0.0), 1).to(tl.float64)
+        else:
+            hit, here, _ = class_hits(target_ptr, n0, l0, 0, N, ignore_index, BLOCK_L, BLOCK_N)
+            at_class = tile_sum(tl.where(hit, z, 0.0), 1)
+            tl.store(at_target_ptr + n0 + rows, at_class, mask=here)
+        z = tl.where(real, z, float("-inf"))
         raised = tl.maximum(highest, tile_max(z, 1))
         shift = tl.where(raised == float("-inf"), 0.0, raised)
         total *= tl.exp(highest - shift).to(tl.float64)
@@ -114,12 +124,14 @@ def _ce_rows_kernel(
     base = p.to(tl.int64) * N + n0
     tl.store(maximum_ptr + base + rows, highest, mask=real)
     tl.store(total_ptr + base + rows, total, mask=real)
+    if TARGETS == "dense":
+        tl.store(at_target_ptr + base + rows, weighted, mask=real)
 
 
 def _geometry(c: Call) -> tuple[int, int, int, dict]:
     """(programs a block of rows, grid, tile of outputs, launch arguments)."""
     N, D, L = c.shape
-    tile = c.tiles.logits
+    tile = c.logits_tile(value=True)
     block_n = batch_block(tile.rows, N)
     blocks = -(-N // block_n)
     programs = max(1, min(-(-L // tile.columns), -(-4 * c.processors // max(1, blocks))))
@@ -156,15 +168,21 @@ def ce_rows(c: Call) -> tuple[Tensor, Tensor]:
     """
     N, _, L = c.shape
     programs, grid, block, arguments = _geometry(c)
-    ignore = c.problem.loss.ignore_index
-    target = prepare_targets(c, L, block).target
+    targets = prepare_targets(c, L, block)
+    dense = targets.kind == "dense"
     maximum_PN = c.x_ND.new_empty((programs, N), dtype=torch.float32)
     total_PN = c.x_ND.new_empty((programs, N), dtype=torch.float64)
-    at_target_N = c.x_ND.new_full((N,), float("nan"), dtype=torch.float32)
+    at_target = c.x_ND.new_full((programs, N) if dense else (N,), float("nan"), dtype=torch.float64)
+    given = targets.arguments(0, 0)
     _ce_rows_kernel[(grid,)](
-        c.x_ND, c.w_LD, c.b_L, target, maximum_PN, total_PN, at_target_N,
-        ignore_index=ignore, **arguments,
+        c.x_ND, c.w_LD, c.b_L, given["target_ptr"], given["target_n"], given["target_l"],
+        maximum_PN, total_PN, at_target,
+        ignore_index=c.problem.loss.ignore_index, TARGETS=targets.kind, **arguments,
     )  # fmt: skip
     lse_N = torch.logsumexp(maximum_PN + total_PN.log(), 0)
-    rows_N = torch.where(target == ignore, 0.0, lse_N - at_target_N)
+    if dense:
+        rows_N = targets.mass() * lse_N - at_target.sum(0)
+    else:
+        rows_N = lse_N - at_target
+        rows_N = rows_N.masked_fill_(targets.target == c.problem.loss.ignore_index, 0.0)
     return rows_N.float(), lse_N.float()

@@ -15,6 +15,23 @@ from elmo_compile.kernels.triton.storage import widen
 
 
 @triton.jit
+def dense_tile(
+    target_ptr, target_n, target_l, n0, l0, N, L, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """float32 [BLOCK_N, BLOCK_L] of targets [N, L] of any strides and type, from row n0, output l0.
+
+    Past N and L the last ones are repeated.
+    """
+    rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - n0)
+    outputs = tl.minimum(tl.arange(0, BLOCK_L), L - 1 - l0)
+    base = target_ptr + n0.to(tl.int64) * target_n + l0.to(tl.int64) * target_l
+    offsets_n = rows.to(tl.int64) * target_n
+    offsets_l = outputs.to(tl.int64) * target_l
+    y = tl.load(base + offsets_n[:, None] + offsets_l[None, :])
+    return y.to(tl.float32) if y.dtype == tl.uint8 else widen(y)
+
+
+@triton.jit
 def bce_tile(
     z,
     target_ptr,
@@ -36,18 +53,12 @@ def bce_tile(
 ):
     """(gradient [BLOCK_N, BLOCK_L], value of each row [BLOCK_N]) of BCE: rows n0.., outputs l0...
 
-    `dense`: targets read from [N, L] with any strides. `pairs`: targets made from the tile's piece
+    `dense`: targets read from a matrix. `pairs`: targets made from the tile's piece
     of the pairs; most tiles of a huge head have none. What is not used costs nothing.
     """
     real = (tl.arange(0, BLOCK_L) < L - l0)[None, :]
     if TARGETS == "dense":
-        rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - n0)
-        outputs = tl.minimum(tl.arange(0, BLOCK_L), L - 1 - l0)
-        base = target_ptr + n0.to(tl.int64) * target_n + l0.to(tl.int64) * target_l
-        offsets_n = rows.to(tl.int64) * target_n
-        offsets_l = outputs.to(tl.int64) * target_l
-        y = tl.load(base + offsets_n[:, None] + offsets_l[None, :])
-        y = y.to(tl.float32) if y.dtype == tl.uint8 else widen(y)
+        y = dense_tile(target_ptr, target_n, target_l, n0, l0, N, L, BLOCK_L, BLOCK_N)
         return bce_gradient(z, y), tile_sum(tl.where(real, bce_value(z, y), 0.0), 1)
     else:
         first = tl.load(bounds_ptr + tile)

@@ -134,7 +134,7 @@ def _update_kernel(
     if guard_ptr is not None:
         mask = mask & (tl.load(guard_ptr) == 0)
     w = widen(tl.load(w_ptr + base + offsets, mask=mask, other=0))
-    rows = first_row + l0 + outputs
+    rows = first_row.to(tl.int64) + l0 + outputs
     if DECAY:
         step += weight_decay * w
     if m_ptr is not None:
