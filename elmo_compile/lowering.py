@@ -6,7 +6,10 @@ Uses private APIs: `torch._inductor.compile_fx`, `torch._inductor.list_mode_opti
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Sequence
+from importlib import resources
 from typing import Any
 
 import torch
@@ -14,8 +17,17 @@ import torch.fx as fx
 
 from elmo_compile.config import Options
 
-VERSION = "elmo-compile-1"
-"""Changed whenever an op's autograd formula changes: caches on disk do not see it otherwise."""
+
+@functools.cache
+def formulas() -> str:
+    """A digest of the ops' source: caches on disk see neither a schema nor an autograd formula."""
+    digest = hashlib.sha256()
+    files = (
+        file for file in resources.files("elmo_compile.ops").iterdir() if file.name.endswith(".py")
+    )
+    for file in sorted(files, key=lambda file: file.name):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def inductor_config(options: Options) -> dict[str, Any]:
@@ -61,4 +73,4 @@ def lower_later(module: fx.GraphModule, options: Options, dynamic: bool) -> Call
 
 def cache_tag(options: Options) -> str:
     """What distinguishes our compiled artefacts in Inductor's and AOTAutograd's caches."""
-    return f"{VERSION}-{options.cache_tag()}"
+    return f"elmo-compile-{formulas()}-{options.cache_tag()}"

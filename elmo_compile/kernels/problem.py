@@ -47,6 +47,8 @@ class HeadProblem:
     compute_dtype: torch.dtype
     """Operand dtype of the matrix products: float64, float32, float16 or bfloat16. Logits and their gradient
     are computed in float32 (float64 for float64), the gradient stored at most in this dtype."""
+    wide_dw: bool = False
+    """Whether the weight gradient is float32 whatever the weight is stored in."""
 
 
 class Forward(NamedTuple):
@@ -60,7 +62,8 @@ class Gradients(NamedTuple):
     dx_ND: Tensor | None
     """float32 (float64 for float64 compute)."""
     dw_LD: Tensor | None
-    """In the weight's dtype where that is float64, float32, bfloat16 or float16; float32 for fp8."""
+    """In the weight's dtype where that is float64, float32, bfloat16 or float16; float32 for fp8,
+    and where the problem asks for `wide_dw`."""
     db_L: Tensor | None
     """float32 (float64 for float64 compute)."""
 

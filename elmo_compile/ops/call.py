@@ -24,6 +24,8 @@ def make_problem(
     spec: LossSpec,
     chunk: int,
     compute: torch.dtype,
+    *,
+    wide_dw: bool = False,
 ) -> HeadProblem:
     """Check one call's tensors and express sparse targets as sorted pairs. Raises InputError."""
     from elmo_compile.kernels.targets import check_targets, positives_of
@@ -46,6 +48,7 @@ def make_problem(
         loss=spec,
         chunk=chunk,
         compute_dtype=compute,
+        wide_dw=wide_dw,
     )
 
 

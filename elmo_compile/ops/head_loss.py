@@ -72,7 +72,7 @@ def fake_outputs(x: Tensor, spec: LossSpec, compute: torch.dtype) -> tuple[Tenso
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor target, "
     "Tensor? target_aux, Tensor stats, str loss, float scale, SymInt divisor, int chunk, "
-    "ScalarType compute, bool need_dx, bool need_dw, bool need_db) "
+    "ScalarType compute, bool need_dx, bool need_dw, bool need_db, bool wide_dw) "
     "-> (Tensor dx, Tensor dw, Tensor db)",
 )
 def head_loss_backward(
@@ -91,11 +91,14 @@ def head_loss_backward(
     need_dx: bool,
     need_dw: bool,
     need_db: bool,
+    wide_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from elmo_compile import kernels
 
     spec = LossSpec.decode(loss)
-    problem = make_problem(x, weight, bias, target, target_aux, spec, chunk, compute)
+    problem = make_problem(
+        x, weight, bias, target, target_aux, spec, chunk, compute, wide_dw=wide_dw
+    )
     factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
     scale_N = row_scale(grad, spec, target, factor, x.shape[0])
     dx, dw, db = kernels.select(x.device).backward(
@@ -104,25 +107,25 @@ def head_loss_backward(
     # One empty tensor each: the outputs of an op may not alias.
     return (
         x.new_empty(0) if dx is None else dx.to(x.dtype),
-        x.new_empty(0) if dw is None else dw.to(gradient_dtype(weight)),
+        x.new_empty(0) if dw is None else dw.to(gradient_dtype(weight, wide_dw)),
         x.new_empty(0) if db is None or bias is None else db.to(bias.dtype),
     )
 
 
-def gradient_dtype(weight: Tensor) -> torch.dtype:
-    """The weight's dtype, or float32 where that cannot hold a gradient (one byte)."""
-    return weight.dtype if weight.element_size() > 1 else torch.float32
+def gradient_dtype(weight: Tensor, wide: bool) -> torch.dtype:
+    """The weight's dtype, or float32 where asked for or where one byte cannot hold a gradient."""
+    return torch.float32 if wide or weight.element_size() == 1 else weight.dtype
 
 
 @head_loss_backward.register_fake
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Any, target_aux: Any,
     stats: Any, loss: str, scale: float, divisor: int, chunk: int, compute: torch.dtype,
-    need_dx: bool, need_dw: bool, need_db: bool,
+    need_dx: bool, need_dw: bool, need_db: bool, wide_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else x.new_empty(0),
-        torch.empty(weight.shape, dtype=gradient_dtype(weight), device=x.device)
+        torch.empty(weight.shape, dtype=gradient_dtype(weight, wide_dw), device=x.device)
         if need_dw
         else x.new_empty(0),
         torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
@@ -144,15 +147,16 @@ def _backward(ctx: Any, grad: Tensor, _grad_stats: Tensor | None) -> tuple[Tenso
     need_dx, need_w, need_db, _, _, need_carrier = ctx.needs_input_grad[:6]
     need_dw = need_carrier if ctx.has_carrier else need_w
     dx, dw, db = torch.ops.elmo.head_loss_backward(
-        grad, x, weight, bias, target, target_aux, stats, *ctx.config, need_dx, need_dw, need_db
-    )
+        grad, x, weight, bias, target, target_aux, stats, *ctx.config, need_dx, need_dw, need_db,
+        ctx.has_carrier,
+    )  # fmt: skip
     return (
         dx if need_dx else None,
         dw if need_dw and not ctx.has_carrier else None,
         db if need_db else None,
         None,
         None,
-        dw.to(torch.float32) if need_dw and ctx.has_carrier else None,
+        dw if need_dw and ctx.has_carrier else None,
         *(None for _ in ctx.config),
     )
 

@@ -19,12 +19,11 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("case", TARGETS)
 @pytest.mark.parametrize("optimizer", ["fused", "none"])
-@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    ("case", "lower"), [("too large", "eager"), ("negative", "eager"), ("too large", "inductor")]
+)
 def test_labels_out_of_range(case: str, optimizer: str, lower: str) -> None:
-    if lower == "inductor" and case == "negative":
-        pytest.skip("the check is in the op; one label is enough")
     labels, message = TARGETS[case]
     model = net()
     opt = elmo.optim.SGD(model.parameters(), 0.5) if optimizer == "fused" else None
@@ -72,12 +71,12 @@ def test_targets_of_the_wrong_kind_fail_as_in_eager(labels: Tensor) -> None:
     assert updates(opt, model.head.weight) == 0
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["features", "upstream gradient"])
-@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    ("value", "lower"),
+    [(float("nan"), "eager"), (float("inf"), "eager"), (float("nan"), "inductor")],
+)
 def test_values_that_are_not_finite(value: float, where: str, lower: str) -> None:
-    if lower == "inductor" and value == float("inf"):
-        pytest.skip("the check is in the op; one value is enough")
     model = net("bce")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     step, opt = owned(model, {**EAGER, "lower": lower})

@@ -108,7 +108,8 @@ class WeightGradient:
     def __init__(self, head: Head) -> None:
         self._head = head
         w_LD = head.p.w_LD
-        dtype = w_LD.dtype if w_LD.dtype in _NARROW_GRADIENTS else torch.float32
+        narrow = w_LD.dtype in _NARROW_GRADIENTS and not head.p.wide_dw
+        dtype = w_LD.dtype if narrow else torch.float32
         self.dw_LD = torch.empty(w_LD.shape, dtype=dtype)
         self._direct = dtype == head.operand and head.weight.layout != "quads"
         self._part: Tensor | None = None

@@ -47,7 +47,8 @@ def backward(
     """
     with torch.cuda.device_of(p.x_ND):
         c = prepare(p)
-        dtype = torch.float32 if p.w_LD.dtype == torch.float8_e4m3fn else p.w_LD.dtype
+        wide = p.wide_dw or p.w_LD.dtype == torch.float8_e4m3fn
+        dtype = torch.float32 if wide else p.w_LD.dtype
         dw_LD = torch.empty_like(p.w_LD, dtype=dtype) if need_dw else None
 
         def consume(g_NL: Tensor, product: WeightGradient, start: int, stop: int) -> None:
