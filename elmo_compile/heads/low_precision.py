@@ -13,6 +13,7 @@ from elmo_compile.numerics.rounding import round_nearest
 from elmo_compile.ops import linear  # registers elmo::lowp_linear
 from elmo_compile.ops.linear import carry
 
+_ROWS = 1 << 14
 STORAGE_DTYPES = (torch.bfloat16, torch.float8_e4m3fn)
 """What a head can be stored in."""
 
@@ -92,7 +93,7 @@ class LowPrecisionLinear(nn.Linear):
             and given.dtype in WIDER
             and not args[0].get("assign_to_params_buffers")
         ):
-            state_dict = {**state_dict, key: round_nearest(given, self.storage_dtype)}
+            state_dict = {**state_dict, key: _rounded(given, self.storage_dtype)}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_storage(self) -> None:
@@ -105,6 +106,14 @@ class LowPrecisionLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, storage_dtype={self.storage_dtype}"
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`round_nearest`, some rows at a time: its temporaries are several float32 copies."""
+    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    for rows, block in zip(torch.split(out, _ROWS), torch.split(values, _ROWS)):
+        rows.copy_(round_nearest(block, dtype))
+    return out
 
 
 __all__ = ["STORAGE_DTYPES", "LowPrecisionLinear", "linear"]

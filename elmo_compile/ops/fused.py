@@ -143,9 +143,7 @@ def fused_head_loss_backward(
             owner.fill_loss(serial, reduce_rows(family.forward(problem).rows_N, spec, factor))
     else:
         owner.check_ticket(ticket)
-        guard = {} if x.device.type == "cpu" else {"guard": _guard(owner, x, scale_N)}
-        if x.device.type == "cpu":
-            _check_finite(owner, x, scale_N, deferred=need_value)
+        guard = _guard(owner, x, scale_N, deferred=need_value)
         update = owner.next_update()
         with owner.applying():
             dx, db, rows_N = family.backward_update(
@@ -212,12 +210,18 @@ def _check_finite(owner: Owner, x: Tensor, scale_N: Tensor, *, deferred: bool) -
             )
 
 
-def _guard(owner: Owner, x: Tensor, scale_N: Tensor) -> Tensor:
-    """Device flag, non-zero if the update must not be applied; `opt.step()` reads it."""
+def _guard(owner: Owner, x: Tensor, scale_N: Tensor, *, deferred: bool) -> dict[str, Tensor]:
+    """Stop an update that would store NaN: now on a CPU; elsewhere by a flag the kernel reads.
+
+    The flag is non-zero if the update must not be applied; `opt.step()` reads it.
+    """
+    if x.device.type == "cpu":
+        _check_finite(owner, x, scale_N, deferred=deferred)
+        return {}
     finite = torch.isfinite(x).all() & torch.isfinite(scale_N).all()
     guard = (~finite).to(torch.int32)
     owner.invalid = guard if owner.invalid is None else torch.maximum(owner.invalid, guard)
-    return guard
+    return {"guard": guard}
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -75,11 +75,7 @@ class Owner:
                 f"the head weight {self.name} was taken over by a newer optimizer after this "
                 "forward; run the forward again"
             )
-        if self.inconsistent:
-            raise FusedUpdateError(
-                f"the head weight {self.name} is inconsistent: an earlier backward stopped while "
-                "it was being updated. Load it and the optimizer's state from the last checkpoint"
-            )
+        self.check_consistent()
         if ticket != self.updates:
             raise FusedUpdateError(
                 f"the head weight {self.name} was already updated since this forward, so its "
@@ -94,6 +90,41 @@ class Owner:
                 "optimizer if another one trains the weight now). Call it after every backward; to "
                 "accumulate gradients use update_at='step' with accumulate=, or fused=False"
             )
+
+    def check_consistent(self) -> None:
+        """Raise FusedUpdateError if the weight was left half updated."""
+        if self.inconsistent:
+            raise FusedUpdateError(
+                f"the head weight {self.name} is inconsistent: a backward stopped while it was "
+                "being updated. Load it and the optimizer's state from the last checkpoint"
+            )
+
+    def check_step(self) -> None:
+        """Raise if `opt.step()` must not acknowledge this weight's update.
+
+        FusedUpdateError: see `SGD.step`. InputError: as `check_invalid`.
+        """
+        if self.superseded:
+            raise FusedUpdateError(
+                f"the head weight {self.name} belongs to a newer elmo_compile optimizer; step that "
+                "one"
+            )
+        self.check_consistent()
+        if self.in_use and self.pending and self.param.grad is not None:
+            raise FusedUpdateError(
+                f"the head weight {self.name} was updated inside backward() and also received a "
+                "dense gradient: another use of the weight (a tied embedding, a penalty, an "
+                "uncompiled call) is outside the compiled head, or an older gradient was left in "
+                ".grad. Construct the optimizer with fused=False, use the weight in one place, or "
+                "clear gradients with zero_grad(set_to_none=True)"
+            )
+        if self.in_use and self.replaced_by_unowned and not self.pending:
+            raise FusedUpdateError(
+                f"the head weight {self.name} was replaced: the model now trains with a Parameter "
+                "that this optimizer does not own (load_state_dict(assign=True)?). Construct the "
+                "optimizer again from the model's parameters"
+            )
+        self.check_invalid()
 
     def check_invalid(self) -> None:
         """Raise InputError if, on CUDA, an invalid input kept an update from being applied.

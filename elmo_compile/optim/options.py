@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import Tensor
+
 from elmo_compile.errors import OptionError
 
 
@@ -54,3 +56,18 @@ def whole_gradient(options: dict[str, Any]) -> None:
     for name, (accepted, why) in WHOLE_GRADIENT.items():
         if options[name] != accepted:
             raise OptionError(f"{name}={options[name]!r}; accepted: {accepted!r}: {why}")
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise OptionError for a hyper-parameter that is out of range."""
+    lr = group["lr"]
+    number("lr", lr.item() if isinstance(lr, Tensor) else lr)
+    number("momentum", group["momentum"], below=1.0)
+    number("weight_decay", group["weight_decay"])
+    choice("nesterov", group["nesterov"], (True, False))
+    if group["nesterov"] and not group["momentum"]:
+        raise OptionError("nesterov=True needs momentum above 0")
+    choice("rounding", group["rounding"], ("stochastic", "nearest"))
+    choice("fused", group["fused"], (True, False))
+    integer("seed", group["seed"], 32)
+    whole_gradient(group)

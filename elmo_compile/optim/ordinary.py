@@ -88,3 +88,10 @@ def _apply_sparse(param: Tensor, grad: Tensor, update: Update) -> None:
             f"weight_decay={update.weight_decay}. Use sparse=False or torch.optim.SparseAdam"
         )
     param.add_(grad, alpha=-update.lr)
+
+
+def buffer_dtype(weight: torch.dtype) -> torch.dtype:
+    """What a momentum buffer of a weight is stored in."""
+    if weight.itemsize == 1:
+        return torch.bfloat16
+    return torch.float32 if weight == torch.float16 else weight

@@ -15,7 +15,7 @@ from elmo_compile.numerics.philox import ROUNDING_VERSION
 from elmo_compile.numerics.update import Rounding, Update
 from elmo_compile.ops.owners import Owner, owner_of, register, unregister
 from elmo_compile.optim import guards, options
-from elmo_compile.optim.ordinary import apply_update
+from elmo_compile.optim.ordinary import apply_update, buffer_dtype
 
 _MODE = ("fused", "update_at", "accumulate", "max_norm", "nonfinite")
 """Entries of a group that say how to update, not by how much."""
@@ -89,7 +89,7 @@ class SGD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with hyper-parameters of their own. Raises OptionError."""
-        _check_group({**self.defaults, **param_group})
+        options.check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         count = len(group["params"])
@@ -116,7 +116,8 @@ class SGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_owners()
+        for owner in self._owners:
+            owner.check_step()
         with torch.no_grad():
             for group in self.param_groups:
                 for param, param_id in zip(group["params"], group["param_ids"]):
@@ -131,8 +132,7 @@ class SGD(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim; holds rounding streams and counters, so that a resumed run continues."""
         for owner in self._owners:
-            if owner.inconsistent:
-                raise FusedUpdateError(_inconsistent(owner))
+            owner.check_consistent()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -165,7 +165,7 @@ class SGD(torch.optim.Optimizer):
             buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
             if buffer is not None:
                 self.state[param]["momentum_buffer"] = buffer.to(
-                    param.device, _buffer_dtype(param.dtype), copy=True
+                    param.device, buffer_dtype(param.dtype), copy=True
                 )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -216,10 +216,10 @@ class SGD(torch.optim.Optimizer):
         state = self.state[param]
         buffer = state.get("momentum_buffer")
         if group["momentum"] and buffer is None:
-            buffer = torch.zeros_like(param, dtype=_buffer_dtype(param.dtype))
+            buffer = torch.zeros_like(param, dtype=buffer_dtype(param.dtype))
             state["momentum_buffer"] = buffer
         if buffer is not None:  # The weight may have been moved or cast by `.to()`.
-            buffer = buffer.to(param.device, _buffer_dtype(param.dtype))
+            buffer = buffer.to(param.device, buffer_dtype(param.dtype))
             state["momentum_buffer"] = buffer
         return Update(
             lr=float(group["lr"]),
@@ -236,31 +236,6 @@ class SGD(torch.optim.Optimizer):
     def _count(self, param: Tensor) -> None:
         state = self.state[param]
         state["step"] = state.get("step", 0) + 1
-
-    def _check_owners(self) -> None:
-        for owner in self._owners:
-            if owner.superseded:
-                raise FusedUpdateError(
-                    f"the head weight {owner.name} belongs to a newer elmo_compile optimizer; step "
-                    "that one"
-                )
-            if owner.inconsistent:
-                raise FusedUpdateError(_inconsistent(owner))
-            if owner.in_use and owner.pending and owner.param.grad is not None:
-                raise FusedUpdateError(
-                    f"the head weight {owner.name} was updated inside backward() and also received "
-                    "a dense gradient: another use of the weight (a tied embedding, a penalty, an "
-                    "uncompiled call) is outside the compiled head, or an older gradient was left "
-                    "in .grad. Construct the optimizer with fused=False, use the weight in one "
-                    "place, or clear gradients with zero_grad(set_to_none=True)"
-                )
-            if owner.in_use and owner.replaced_by_unowned and not owner.pending:
-                raise FusedUpdateError(
-                    f"the head weight {owner.name} was replaced: the model now trains with a "
-                    "Parameter that this optimizer does not own (load_state_dict(assign=True)?). "
-                    "Construct the optimizer again from the model's parameters"
-                )
-            owner.check_invalid()
 
     def _warn_if_nothing_fused(self) -> None:
         first, self._stepped = not self._stepped, True
@@ -286,31 +261,3 @@ def _alive(reference: weakref.ref[Any]) -> Any:
     if target is None:
         raise FusedUpdateError("the optimizer that owned this head was deleted before backward()")
     return target
-
-
-def _buffer_dtype(weight: torch.dtype) -> torch.dtype:
-    if weight.itemsize == 1:
-        return torch.bfloat16
-    return torch.float32 if weight == torch.float16 else weight
-
-
-def _inconsistent(owner: Owner) -> str:
-    return (
-        f"the head weight {owner.name} is inconsistent: a backward stopped while it was being "
-        "updated. Load it and the optimizer's state from the last checkpoint"
-    )
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Raise OptionError for a hyper-parameter that is out of range."""
-    lr = group["lr"]
-    options.number("lr", lr.item() if isinstance(lr, Tensor) else lr)
-    options.number("momentum", group["momentum"], below=1.0)
-    options.number("weight_decay", group["weight_decay"])
-    options.choice("nesterov", group["nesterov"], (True, False))
-    if group["nesterov"] and not group["momentum"]:
-        raise OptionError("nesterov=True needs momentum above 0")
-    options.choice("rounding", group["rounding"], ("stochastic", "nearest"))
-    options.choice("fused", group["fused"], (True, False))
-    options.integer("seed", group["seed"], 32)
-    options.whole_gradient(group)
