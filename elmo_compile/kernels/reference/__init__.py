@@ -44,7 +44,7 @@ def backward(
     """`dx = scale_n g w`, `dw = (scale g)^T x`, `db = sum_n scale g` with `g = dloss_n/dz_nl`."""
     g_NL = scale_N.to(_arithmetic(p))[:, None] * _logit_gradient(p, stats_N)
     dw_LD = g_NL.t() @ _features(p) if need_dw else None
-    if dw_LD is not None and p.w_LD.dtype != torch.float8_e4m3fn:
+    if dw_LD is not None and p.w_LD.dtype != torch.float8_e4m3fn and not p.wide_dw:
         dw_LD = dw_LD.to(p.w_LD.dtype)
     return Gradients(
         g_NL @ _weight(p) if need_dx else None, dw_LD, g_NL.sum(0) if need_db else None
