@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.fx as fx
 
 from elmo_compile import ops
 from elmo_compile.config import Options
-from elmo_compile.errors import NotRewritten, OptionError
+from elmo_compile.errors import ElmoError, NotRewritten, OptionError
 from elmo_compile.lowering import lower
 from elmo_compile.passes.graphs import copy_module, sites, source_of
 from elmo_compile.passes.pipeline import Analysis, analyze
@@ -36,10 +37,26 @@ def elmo_backend(
         mode: Inductor's mode, as `torch.compile(mode=)` passes it.
         options: an Options or a dict of its fields.
 
-    Raises:
-        OptionError: an option is unknown or out of range.
-        NotRewritten: `strict=True` and a candidate head was left as it was.
+    Returns:
+        The compiled graph. Our own errors (OptionError; NotRewritten with `strict=True`) are raised
+        when it is first called: Dynamo would wrap them in an error of its own here.
     """
+    try:
+        return _compile(gm, example_inputs, mode, options)
+    except ElmoError as error:
+        return functools.partial(_raise, error)
+
+
+def _raise(error: ElmoError, *_: Any) -> Any:
+    raise error
+
+
+def _compile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    mode: str | None,
+    options: Mapping[str, Any] | Options | None,
+) -> Callable[..., Any]:
     chosen = Options.from_mapping(options)
     if mode is not None:
         if chosen.mode is not None and chosen.mode != mode:
@@ -58,6 +75,11 @@ def elmo_backend(
     compiled.compile_first(example_inputs)
     record(section(_name(), gm, compiled, example_inputs))
     return compiled
+
+
+def keep(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of Dynamo's graph that can still be examined when Dynamo is done with it."""
+    return copy_module(gm)
 
 
 def examine(

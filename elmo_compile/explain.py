@@ -16,7 +16,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elmo_compile.config import Options
-from elmo_compile.passes.graphs import copy_module
 from elmo_compile.report.records import Report, Section
 
 
@@ -86,7 +85,9 @@ def _unwrapped(fn: Any) -> Any:
 def _explaining_backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """One backend for every call of `explain`: a backend of its own for each would fill Dynamo's
     cache of the user's function, whose entries are counted whatever backend made them."""
-    return _Explained(copy_module(gm))
+    from elmo_compile.backend import keep
+
+    return _Explained(keep(gm))
 
 
 class _Explained:
@@ -189,5 +190,5 @@ def _stop_instead(original: Callable[..., Any]) -> Callable[..., Any]:
             raise _Stop
         return original(*args, **kwargs)
 
-    stopped: Callable[..., Any] = torch.compiler.disable(stop)
+    stopped: Callable[..., Any] = torch.compiler.disable(stop)  # type: ignore[no-untyped-call]
     return stopped

@@ -142,20 +142,29 @@ def copy_module(
     return new
 
 
-def ancestors(*nodes: Any) -> set[fx.Node]:
-    """The nodes that these are computed from, themselves included."""
+_CUTS = frozenset(
+    {torch.ops.aten.detach.default, torch.ops.aten.zeros_like.default,
+     torch.ops.aten.ones_like.default, torch.ops.aten.full_like.default}
+)  # fmt: skip
+"""Operations no gradient passes."""
+
+
+def ancestors(*nodes: Any, differentiable: bool = False) -> set[fx.Node]:
+    """The nodes that these are computed from, themselves included.
+
+    Args:
+        differentiable: only those that a gradient of them could reach.
+    """
     work = [node for node in nodes if isinstance(node, fx.Node)]
     found = set(work)
     while work:
-        fresh = [arg for arg in work.pop().all_input_nodes if arg not in found]
+        node = work.pop()
+        if differentiable and node.target in _CUTS:
+            continue
+        fresh = [arg for arg in node.all_input_nodes if arg not in found]
         found.update(fresh)
         work += fresh
     return found
-
-
-def leaves(*nodes: Any) -> list[fx.Node]:
-    """The placeholders that nodes are computed from."""
-    return [node for node in ancestors(*nodes) if node.op == "placeholder"]
 
 
 def same_size(a: Any, b: Any) -> bool:

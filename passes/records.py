@@ -12,7 +12,7 @@ import torch
 import torch.fx as fx
 
 from elmo_compile.numerics.losses import LossSpec
-from elmo_compile.passes.graphs import Site, ancestors, leaves, tensor_of
+from elmo_compile.passes.graphs import Site, ancestors, tensor_of
 from elmo_compile.planner import Plan
 
 Autocast = tuple[tuple[Any, ...], ...]
@@ -54,7 +54,9 @@ class AtenRegion:
 
     def requires_grad(self, node: fx.Node) -> bool:
         """Whether a gradient may be asked of a node (the retraced values themselves do not say)."""
-        tensors = (tensor_of(self.origin(leaf)) for leaf in leaves(node))
+        reached = ancestors(node, differentiable=True)
+        leaves = (leaf for leaf in reached if leaf.op == "placeholder")
+        tensors = (tensor_of(self.origin(leaf)) for leaf in leaves)
         return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 

@@ -96,7 +96,7 @@ def weight_view(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | Non
         if node.target is aten.transpose.int and dims[0] == dims[1]:
             identity = True
         return known if identity or not swapped else WeightView(known.node, not known.transposed)
-    if node.target in CASTS and not _keeps_values(node):
+    if node.target in CASTS and not _keeps_values(node, kinds):
         return None
     return known if node.target in CASTS or node.target in SAME else None
 
@@ -124,7 +124,7 @@ def rearranged_rows(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind |
         return None
     target, rank = node.target, before.ndim
     if target in CASTS:
-        if not _keeps_values(node):
+        if not _keeps_values(node, kinds):
             return None
         return dataclasses.replace(known, upcast=known.upcast or after.itemsize > before.itemsize)
     if target in SAME:
@@ -154,25 +154,35 @@ def rearranged_rows(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind |
     return None
 
 
-def _keeps_values(node: fx.Node) -> bool:
+def _keeps_values(node: fx.Node, kinds: dict[fx.Node, Kind]) -> bool:
     """Whether a cast is one that a product's operand dtype accounts for.
 
     Not: to another device, to integers, or wider after a cast that was narrower (a rounding the
     program asked for, such as a simulated quantization).
     """
-    source: Any = args_of(node)[0]
+    source = args_of(node)[0]
     before, after = tensor_of(source), tensor_of(node)
     assert before is not None
     assert after is not None
     if not after.is_floating_point() or before.device != after.device:
         return False
-    widens = after.itemsize > before.itemsize
-    while widens and isinstance(source, fx.Node) and source.args and source.op == "call_function":
-        earlier = tensor_of(source.args[0])
-        if source.target in CASTS and earlier is not None and earlier.itemsize > before.itemsize:
-            return False
-        source = source.args[0]
-    return True
+    return after.itemsize <= before.itemsize or not _was_narrowed(source, kinds)
+
+
+def _was_narrowed(node: fx.Node, kinds: dict[fx.Node, Kind]) -> bool:
+    """Whether logits, or a weight, were cast to fewer bytes on the way to `node`."""
+    known, now = kinds.get(node), tensor_of(node)
+    if known is None or now is None:
+        return False
+    for source in node.all_input_nodes:
+        before = tensor_of(source)
+        narrower = before is not None and before.itemsize > now.itemsize
+        of_interest = type(kinds.get(source)) is type(known) or source.op == "placeholder"
+        if of_interest and node.target in CASTS and narrower:
+            return True
+        if type(kinds.get(source)) is type(known) and _was_narrowed(source, kinds):
+            return True
+    return False
 
 
 def _with(logits: Logits, op: RowOp) -> Logits:

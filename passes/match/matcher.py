@@ -62,9 +62,10 @@ def _check_region(region: Region) -> None:
         )  # fmt: skip
     if len(region.outputs) != 1:
         names = ", ".join(f"`{node.name}`" for node in region.outputs)
-        last = region.outputs[-1] if region.outputs else region.seed
+        first = region.outputs[0] if region.outputs else region.seed
         raise NoMatch(
-            Code.LOGITS_ESCAPE, last, f"more than the loss is computed from these logits ({names})",
+            Code.LOGITS_ESCAPE, first,
+            f"more than the loss is computed from these logits ({names})",
             "compute other quantities from the logits outside the compiled function",
         )  # fmt: skip
 

@@ -15,7 +15,6 @@ import torch.fx as fx
 from elmo_compile.numerics.losses import LossSpec, TargetForm
 from elmo_compile.passes.records import RowOp
 
-
 Extent = Literal["elements", "rows", "scalar"]
 
 

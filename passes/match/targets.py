@@ -192,5 +192,7 @@ def _item(constant: torch.Tensor) -> Any:
 def _makes_ones(node: fx.Node) -> bool:
     """Whether a Dynamo node is a call such as `torch.ones_like(...)`."""
     if node.op == "call_function":
+        if node.target is torch.tensor:
+            return args_of(node)[:1] in ((1,), (1.0,))
         return node.target in (torch.ones, torch.ones_like)
     return node.op == "call_method" and node.target == "new_ones"

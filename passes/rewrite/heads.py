@@ -211,7 +211,7 @@ def _carry_unmatched(
     for site in sites(module):
         path = tuple(mapping[call] for call in site.path)
         for node in unmatched_lowp(site.module, taken):
-            weight = node.args[1]
+            weight: Any = node.args[1]
             outer = site.outer(weight) if isinstance(weight, fx.Node) else None
             if weight.op != "placeholder" or outer is None:
                 continue

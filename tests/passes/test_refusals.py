@@ -1,0 +1,488 @@
+"""What is not understood is left exactly as it was, and the report says where, why and what to do.
+
+Each program carries the code it is refused with, and a fragment of the line that is blamed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from programs import (
+    D,
+    L,
+    N,
+    assert_identical,
+    assert_same,
+    bias,
+    classes,
+    compiled,
+    dense,
+    features,
+    labels,
+    matches,
+    refusals,
+    run,
+    weight,
+)
+from torch.utils.checkpoint import checkpoint
+
+import elmo_compile as elmo
+from elmo_compile.report import store
+from elmo_compile.report.records import Code
+
+ce = F.cross_entropy
+bce = F.binary_cross_entropy_with_logits
+
+
+def rows() -> tuple[Any, ...]:
+    return features(), weight(), classes()
+
+
+def rows_bias() -> tuple[Any, ...]:
+    return features(), weight(), bias(), classes()
+
+
+def dense_rows() -> tuple[Any, ...]:
+    return features(), weight(), dense()
+
+
+def label_rows() -> tuple[Any, ...]:
+    return features(), weight(), labels()
+
+
+def square() -> tuple[Any, ...]:
+    return torch.randn(N, L).requires_grad_(), weight(L, L), classes()
+
+
+def no_grad_rows() -> tuple[Any, ...]:
+    return features().detach(), weight().detach(), classes()
+
+
+def logits_used_twice(x, w, y):
+    z = F.linear(x, w)
+    return ce(z, y) + z.mean()
+
+
+def setitem_on_logits(x, w, y):
+    z = F.linear(x, w)
+    z[:, 0] = -5.0
+    return ce(z, y)
+
+
+def view_of_logits_written(x, w, y):
+    z = F.linear(x, w)
+    z.view(-1)[3:4].mul_(3.0)
+    return ce(z, y)
+
+
+def one_logit_written(x, w, y):
+    z = F.linear(x, w)
+    z[0, 1].fill_(3.0)
+    return ce(z, y)
+
+
+def no_grad_product(x, w, y):
+    with torch.no_grad():
+        z = F.linear(x, w)
+    return ce(z + x.sum() * 0, y)
+
+
+def features_written(x, w, y):
+    z = F.linear(x, w)
+    x.add_(1.0)
+    return ce(z, y)
+
+
+def view_of_features_written(x, w, y):
+    view = x.view(-1)
+    z = F.linear(x, w)
+    view.mul_(0.5)
+    return ce(z, y)
+
+
+def weight_written(x, w, y):
+    z = F.linear(x, w)
+    w.mul_(0.5)
+    return ce(z, y)
+
+
+def relu_in_place(x, w, y):
+    z = F.linear(x, w)
+    F.relu(x, inplace=True)
+    return ce(z, y)
+
+
+def out_argument(x, w, y):
+    z = F.linear(x, w)
+    torch.add(x, 1.0, out=x)
+    return ce(z, y)
+
+
+def labels_written(x, w, i):
+    y = F.one_hot(i, L).sum(1).float()
+    z = F.linear(x, w)
+    i.add_(1).remainder_(L)
+    return bce(z, y)
+
+
+def target_column_written(x, w, i):
+    y = F.one_hot(i, L).sum(1).float()
+    y[:, 5] = 1.0
+    return bce(F.linear(x, w), y)
+
+
+def dense_column_written(x, w):
+    y = torch.ones(N, L)
+    y[:, 5] = 0.0
+    return bce(F.linear(x, w), y)
+
+
+def scattered_twice(x, w, i):
+    y = torch.zeros(N, L).scatter_(1, i, 1.0)
+    return bce(F.linear(x, w), y.scatter_(1, i[:, :1], 0.0))
+
+
+def ones_written(x, w, i):
+    ones = torch.ones(i.shape)
+    ones.view(-1)[2] = 0.5
+    return bce(F.linear(x, w), torch.zeros(N, L).scatter_(1, i, ones))
+
+
+def logsumexp_loss(x, w, y):
+    z = F.linear(x, w)
+    return (z.logsumexp(-1) - z.gather(1, y[:, None])[:, 0]).mean()
+
+
+def pseudo_labels(x, w):
+    z = F.linear(x, w)
+    return ce(z, z.detach().argmax(-1))
+
+
+def dense_target_like_logits(x, w):
+    z = F.linear(x, w)
+    return bce(z, torch.zeros_like(z) + 0.1)
+
+
+def checkpointed_product(x, w, y):
+    z = checkpoint(lambda x: F.linear(torch.tanh(x), w), x, use_reentrant=False)
+    return ce(z, y)
+
+
+def random_target(x, w, y):
+    return bce(F.linear(x, w), y * torch.bernoulli(torch.full_like(y, 0.5)))
+
+
+def scatter_wrong(**how: Any) -> Any:
+    value, dim = how.pop("value", 1.0), how.pop("dim", 1)
+    return lambda x, w, i: bce(F.linear(x, w), torch.zeros(N, L).scatter_(dim, i, value, **how))
+
+
+REFUSED: dict[str, tuple[Any, Any, Code, str]] = {
+    "returned": (lambda x, w: F.linear(x, w), lambda: rows()[:2], Code.LOGITS_ESCAPE, "F.linear"),
+    "used_twice": (logits_used_twice, rows, Code.LOGITS_ESCAPE, "z.mean()"),
+    "checkpointed_product": (checkpointed_product, rows, Code.LOGITS_ESCAPE, "F.linear"),
+    "like_logits": (dense_target_like_logits, lambda: rows()[:2], Code.LOGITS_ESCAPE, "F.linear"),
+    "smoothing": (
+        lambda x, w, y: ce(F.linear(x, w), y, label_smoothing=0.1),
+        rows,
+        Code.UNSUPPORTED_ARGUMENT,
+        "label_smoothing",
+    ),
+    "class_weight": (
+        lambda x, w, y, v: ce(F.linear(x, w), y, weight=v),
+        lambda: (*rows(), torch.rand(L)),
+        Code.UNSUPPORTED_ARGUMENT,
+        "weight=v",
+    ),
+    "pos_weight": (
+        lambda x, w, y, v: bce(F.linear(x, w), y, pos_weight=v),
+        lambda: (*dense_rows(), torch.rand(L)),
+        Code.UNSUPPORTED_ARGUMENT,
+        "pos_weight=v",
+    ),
+    "bce_weight": (
+        lambda x, w, y, v: bce(F.linear(x, w), y, weight=v),
+        lambda: (*dense_rows(), torch.rand(L)),
+        Code.UNSUPPORTED_ARGUMENT,
+        "weight=v",
+    ),
+    "soft_classes": (
+        lambda x, w, y: ce(F.linear(x, w), y),
+        lambda: (features(), weight(), torch.rand(N, L).softmax(-1)),
+        Code.UNSUPPORTED_TARGET,
+        "ce(",
+    ),
+    "target_gradient": (
+        lambda x, w, y: bce(F.linear(x, w), y),
+        lambda: (features(), weight(), torch.rand(N, L).requires_grad_()),
+        Code.UNSUPPORTED_TARGET,
+        "bce(",
+    ),
+    "random_target": (random_target, dense_rows, Code.UNSUPPORTED_TARGET, "bernoulli"),
+    "no_positives": (
+        lambda x, w: bce(F.linear(x, w), torch.zeros(N, L)),
+        lambda: rows()[:2],
+        Code.UNSUPPORTED_TARGET,
+        "bce(",
+    ),
+    "elements_kept": (
+        lambda x, w, y: bce(F.linear(x, w), y, reduction="none"),
+        dense_rows,
+        Code.LOGITS_ESCAPE,
+        "bce(",
+    ),
+    "sliced_outputs": (
+        lambda x, w, y: ce(F.linear(x, w)[:, :100], y % 100),
+        rows,
+        Code.UNKNOWN_LOSS,
+        "[:, :100]",
+    ),
+    "permuted_outputs": (
+        lambda x, w, y: ce(F.linear(x, w)[:, torch.arange(L).flip(0)], y),
+        rows,
+        Code.UNKNOWN_LOSS,
+        "flip(0)",
+    ),
+    "flipped": (lambda x, w, y: ce(F.linear(x, w).flip(1), y), rows, Code.UNKNOWN_LOSS, "flip(1)"),
+    "mixed_view": (
+        lambda x, w, y: ce(F.linear(x, w).view(L, N).t(), y),
+        rows,
+        Code.UNKNOWN_LOSS,
+        "view(L, N)",
+    ),
+    "transposed_square_logits": (
+        lambda x, w, y: ce(F.linear(x, w).t(), y),
+        lambda: (features(L), weight(), classes(L)),
+        Code.UNKNOWN_LOSS,
+        ".t(), y)",
+    ),
+    "classes_elsewhere": (
+        lambda x, w, y: ce(F.linear(x, w), y),
+        lambda: (features(2, 5), weight(), torch.randint(0, 5, (2, L))),
+        Code.UNSUPPORTED_SHAPE,
+        "ce(",
+    ),
+    "stored_transposed": (
+        lambda x, w, y: ce(x @ w, y),
+        lambda: (features(), weight(D, L), classes()),
+        Code.WEIGHT_COMPUTED,
+        "x @ w",
+    ),
+    "square_untransposed": (lambda x, w, y: ce(x @ w, y), square, Code.WEIGHT_COMPUTED, "x @ w"),
+    "square_twice": (
+        lambda x, w, y: ce(x @ w.t().t(), y),
+        square,
+        Code.WEIGHT_COMPUTED,
+        "w.t().t()",
+    ),
+    "square_linear_t": (
+        lambda x, w, y: ce(F.linear(x, w.t()), y),
+        square,
+        Code.WEIGHT_COMPUTED,
+        "w.t()",
+    ),
+    "einsum_diagonal": (
+        lambda x, w, y: ce(torch.einsum("nl,ll->nl", x, w), y),
+        square,
+        Code.WEIGHT_COMPUTED,
+        "einsum",
+    ),
+    "quantized_weight": (
+        lambda x, w, y: ce(F.linear(x, w.to(torch.float8_e4m3fn).float()), y),
+        rows,
+        Code.WEIGHT_COMPUTED,
+        "float8",
+    ),
+    "rounded_weight": (
+        lambda x, w, y: ce(F.linear(x, w.bfloat16().float()), y),
+        rows,
+        Code.WEIGHT_COMPUTED,
+        "bfloat16",
+    ),
+    "rounded_logits": (
+        lambda x, w, y: ce(F.linear(x, w).bfloat16().float(), y),
+        rows,
+        Code.UNKNOWN_LOSS,
+        "bfloat16",
+    ),
+    "scaled_product": (
+        lambda x, w, b, y: ce(torch.addmm(b, x, w.t(), beta=0.5), y),
+        rows_bias,
+        Code.UNKNOWN_LOSS,
+        "beta=0.5",
+    ),
+    "bias_matrix": (
+        lambda x, w, b, y: ce(torch.addmm(b, x, w.t()), y),
+        lambda: (features(), weight(), torch.randn(N, L), classes()),
+        Code.UNSUPPORTED_SHAPE,
+        "addmm",
+    ),
+    "sum_of_two_products": (
+        lambda x, w, v, y: ce(F.linear(x, w) + F.linear(x, v), y),
+        lambda: (torch.randn(D).requires_grad_(), weight(), weight(), classes()[0]),
+        Code.UNKNOWN_LOSS,
+        "F.linear(x, v)",
+    ),
+    "temperature": (lambda x, w, y: ce(F.linear(x, w) / 2, y), rows, Code.UNKNOWN_LOSS, "/ 2"),
+    "dropout_on_logits": (
+        lambda x, w, y: ce(F.dropout(F.linear(x, w), 0.5), y),
+        rows,
+        Code.UNKNOWN_LOSS,
+        "dropout",
+    ),
+    "add_": (lambda x, w, y: ce(F.linear(x, w).add_(1.0), y), rows, Code.MUTATION, "add_"),
+    "masked_fill_": (
+        lambda x, w, y, m: ce(F.linear(x, w).masked_fill_(m, -5.0), y),
+        lambda: (*rows(), dense().bool()),
+        Code.MUTATION,
+        "masked_fill_",
+    ),
+    "setitem": (setitem_on_logits, rows, Code.UNKNOWN_LOSS, "z[:, 0]"),
+    "view_written": (view_of_logits_written, rows, Code.LOGITS_ESCAPE, "z.view(-1)"),
+    "one_logit_written": (one_logit_written, rows, Code.LOGITS_ESCAPE, "z"),
+    "grad_switched": (no_grad_product, rows, Code.UNKNOWN_LOSS, "F.linear"),
+    "features_written": (features_written, no_grad_rows, Code.MUTATION, "x.add_"),
+    "features_view_written": (view_of_features_written, no_grad_rows, Code.MUTATION, "view.mul_"),
+    "weight_written": (weight_written, no_grad_rows, Code.MUTATION, "w.mul_"),
+    "relu_in_place": (relu_in_place, no_grad_rows, Code.MUTATION, "F.relu"),
+    "out_argument": (out_argument, no_grad_rows, Code.MUTATION, "torch.add"),
+    "labels_written": (labels_written, label_rows, Code.MUTATION, "i.add_"),
+    "target_column_written": (target_column_written, label_rows, Code.MUTATION, "y[:, 5]"),
+    "dense_column_written": (dense_column_written, lambda: rows()[:2], Code.MUTATION, "y[:, 5]"),
+    "scattered_twice": (scattered_twice, label_rows, Code.MUTATION, "scatter_"),
+    "ones_written": (ones_written, label_rows, Code.MUTATION, "scatter_"),
+    "scatter_half": (scatter_wrong(value=0.5), label_rows, Code.MUTATION, "scatter_"),
+    "scatter_reduce": (scatter_wrong(reduce="add"), label_rows, Code.MUTATION, "scatter_"),
+    "scatter_rows": (
+        scatter_wrong(dim=0),
+        lambda: (features(), weight(), torch.randint(0, N, (2, L))),
+        Code.MUTATION,
+        "scatter_",
+    ),
+    "scatter_few_rows": (
+        scatter_wrong(),
+        lambda: (features(), weight(), labels()[:4]),
+        Code.MUTATION,
+        "scatter_",
+    ),
+    "scatter_add_": (
+        lambda x, w, i: bce(F.linear(x, w), torch.zeros(N, L).scatter_add_(1, i, torch.ones(N, 3))),
+        label_rows,
+        Code.MUTATION,
+        "scatter_add_",
+    ),
+    "logsumexp": (logsumexp_loss, rows, Code.LOGITS_ESCAPE, "logsumexp"),
+    "multi_margin": (
+        lambda x, w, y: F.multi_margin_loss(F.linear(x, w), y),
+        rows,
+        Code.UNKNOWN_LOSS,
+        "multi_margin_loss",
+    ),
+    "mse": (lambda x, w, y: F.mse_loss(F.linear(x, w), y), dense_rows, Code.UNKNOWN_LOSS, "mse"),
+    "pseudo_labels": (pseudo_labels, lambda: rows()[:2], Code.UNKNOWN_LOSS, "z.detach()"),
+    "distillation": (
+        lambda x, w, v: bce(F.linear(x, w), F.linear(x, v).sigmoid().detach()),
+        lambda: (features(), weight(), weight()),
+        Code.UNKNOWN_LOSS,
+        "sigmoid",
+    ),
+    "functorch": (
+        lambda x, w, y: torch.func.grad(lambda w: ce(F.linear(x, w), y))(w).sum(),
+        no_grad_rows,
+        Code.UNKNOWN_LOSS,
+        "F.linear",
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_and_untouched(name):
+    program, make, code, blamed = REFUSED[name]
+    args = make()
+    eager = run(program, args)
+    ours = run(compiled(program), args)
+    assert_identical(ours, eager)
+    assert not matches()
+    (report,) = store.reports()
+    assert report.graph_after.code == report.graph_before.code
+    (refusal,) = refusals()
+    text = str(refusal)
+    assert refusal.code == code, text
+    file, _, line = refusal.source.partition(":")
+    assert Path(file) == Path(__file__), text
+    assert blamed in _statement(int(line.split(":")[0])), text
+    assert refusal.node, text
+    assert len(refusal.reason) > 10, text
+    assert len(refusal.remedy) > 10, text
+
+
+def _statement(line: int) -> str:
+    """The line, and those after it that a formatter may have broken it into."""
+    return "\n".join(Path(__file__).read_text(encoding="utf-8").splitlines()[line - 1 : line + 3])
+
+
+@pytest.mark.parametrize("name", ["returned", "smoothing", "features_written"])
+def test_strict_raises_the_same_text(name):
+    program, make, _, _ = REFUSED[name]
+    args = make()
+    run(compiled(program), args)
+    (refusal,) = refusals()
+    with pytest.raises(elmo.NotRewritten) as caught:
+        run(compiled(program, strict=True), args)
+    assert str(refusal) in str(caught.value)
+
+
+def test_strict_is_silent_where_everything_is_rewritten():
+    run(compiled(lambda x, w, y: ce(F.linear(x, w), y), strict=True), rows())
+    assert len(matches()) == 1
+
+
+def test_small_heads_are_no_candidates():
+    run(compiled(lambda x, w, y: ce(F.linear(x, w), y), min_outputs=L + 1, strict=True), rows())
+    assert not matches()
+    assert not refusals()
+
+
+def test_gram_matrix_is_right():
+    args = (weight(L, L), classes(L))
+    assert_same(lambda w, y: ce(F.linear(w, w), y), args, count=0)
+
+
+def test_one_head_refused_another_rewritten():
+    args = (features(), weight(), weight(), classes())
+    program = lambda x, w, v, y: ce(F.linear(x, w), y) + ce(F.linear(x, v) / 2, y)  # noqa: E731
+    assert_same(program, args)
+    assert [refusal.code for refusal in refusals()] == [Code.UNKNOWN_LOSS]
+
+
+def test_labels_of_another_batch_size_are_not_assumed():
+    """Under dynamic shapes `scatter_` accepts fewer rows of labels than targets."""
+
+    def program(x, w, i):
+        return bce(F.linear(x, w), torch.zeros(x.shape[0], L).scatter_(1, i, 1.0))
+
+    call = compiled(program, dynamic=True)
+    for n in (N, N + 2):
+        args = (features(n), weight(), labels())
+        torch.testing.assert_close(run(call, args).loss, run(program, args).loss)
+
+
+def test_dynamic_weight():
+    """A weight that is an ordinary argument may change size between calls."""
+
+    def program(x, w, y):
+        return ce(F.linear(x, w).view(-1, w.shape[0]), y)
+
+    call = compiled(program, dynamic=True)
+    for outputs, columns in ((L, D), (L + 30, D + 3)):
+        args = (torch.randn(9, columns), torch.randn(outputs, columns), classes(9))
+        torch.testing.assert_close(run(call, args).loss, run(program, args).loss)
