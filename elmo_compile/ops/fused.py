@@ -15,8 +15,15 @@ import torch
 from torch import Tensor
 
 from elmo_compile.errors import FusedUpdateError, InputError
+from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.numerics.losses import CE, LossSpec
-from elmo_compile.ops.call import make_problem, reduce_rows, row_factor, row_scale
+from elmo_compile.ops.call import (
+    labels_out_of_range,
+    make_problem,
+    reduce_rows,
+    row_factor,
+    row_scale,
+)
 from elmo_compile.ops.head_loss import fake_outputs
 from elmo_compile.ops.owners import Owner, new_serial, owner_by_key
 
@@ -143,7 +150,7 @@ def fused_head_loss_backward(
             owner.fill_loss(serial, reduce_rows(family.forward(problem).rows_N, spec, factor))
     else:
         owner.check_ticket(ticket)
-        guard = _guard(owner, x, scale_N, deferred=need_value)
+        guard = _guard(owner, problem, target, target_aux, scale_N, deferred=need_value)
         update = owner.next_update()
         with owner.applying():
             dx, db, rows_N = family.backward_update(
@@ -210,16 +217,26 @@ def _check_finite(owner: Owner, x: Tensor, scale_N: Tensor, *, deferred: bool) -
             )
 
 
-def _guard(owner: Owner, x: Tensor, scale_N: Tensor, *, deferred: bool) -> dict[str, Tensor]:
-    """Stop an update that would store NaN: now on a CPU; elsewhere by a flag the kernel reads.
+def _guard(
+    owner: Owner,
+    problem: HeadProblem,
+    target: Tensor,
+    target_aux: Tensor | None,
+    scale_N: Tensor,
+    *,
+    deferred: bool,
+) -> dict[str, Tensor]:
+    """Stop an update from bad input: now on a CPU; elsewhere by a flag the kernel reads.
 
     The flag is non-zero if the update must not be applied; `opt.step()` reads it.
     """
+    x, num_outputs = problem.x_ND, problem.w_LD.shape[0]
     if x.device.type == "cpu":
         _check_finite(owner, x, scale_N, deferred=deferred)
         return {}
     finite = torch.isfinite(x).all() & torch.isfinite(scale_N).all()
-    guard = (~finite).to(torch.int32)
+    wrong = labels_out_of_range(problem.loss, target, target_aux, x.shape[0], num_outputs)
+    guard = (~finite | wrong).to(torch.int32)
     owner.invalid = guard if owner.invalid is None else torch.maximum(owner.invalid, guard)
     return {"guard": guard}
 

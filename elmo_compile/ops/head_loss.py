@@ -15,6 +15,7 @@ from torch import Tensor
 from elmo_compile.numerics.losses import CE, LossSpec
 from elmo_compile.ops.call import (
     accumulate_dtype,
+    assert_labels,
     make_problem,
     reduce_rows,
     row_factor,
@@ -46,6 +47,7 @@ def head_loss(
 
     spec = LossSpec.decode(loss)
     problem = make_problem(x, weight, bias, target, target_aux, spec, chunk, compute)
+    assert_labels(spec, target, target_aux, x.shape[0], weight.shape[0])
     rows_N, stats_N = kernels.select(x.device).forward(problem)
     factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
     return reduce_rows(rows_N, spec, factor), stats_N
