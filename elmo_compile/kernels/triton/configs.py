@@ -54,7 +54,12 @@ _SMALL = Tiles(
     weights=Tile(32, 16, 16, 1, 1),
 )
 _FLOAT = Tile(64, 64, 32, 4, 2)
-_FLOATS = Tiles(logits=_FLOAT, logits_narrow=_FLOAT, features=_FLOAT, weights=_FLOAT)
+_FLOATS = Tiles(
+    logits=_FLOAT,
+    logits_narrow=_FLOAT,
+    features=_FLOAT._replace(stages=3),
+    weights=_FLOAT._replace(stages=3),
+)
 _TABLE: dict[tuple[int, str], Tiles] = {
     (INTERPRETER, "half"): _SMALL,
     (INTERPRETER, "float"): _SMALL,

@@ -18,6 +18,8 @@ from elmo_compile.numerics.losses import Positives
 _COMPUTE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 _FP16_GRADIENT_SCALE = 4096.0
+_MAX_CHUNK = 1 << 23
+"""Outputs at once: a tile of rows of the gradient buffer stays within 32-bit offsets."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,7 +90,7 @@ def prepare(p: HeadProblem) -> Call:
         w_LD=p.w_LD.view(torch.uint8) if fp8 else p.w_LD,
         b_L=None if p.b_L is None else _as_float(p.b_L).contiguous(),
         problem=p,
-        chunk=max(1, min(p.chunk, p.w_LD.shape[0])),
+        chunk=max(1, min(p.chunk, p.w_LD.shape[0], _MAX_CHUNK)),
         tiles=configs.tiles_for(chip, p.compute_dtype),
         processors=processors,
         gradient_scale=_FP16_GRADIENT_SCALE if p.compute_dtype == torch.float16 else 1.0,

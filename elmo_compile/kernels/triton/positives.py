@@ -16,11 +16,15 @@ PAIRS_AT_ONCE = tl.constexpr(16)
 
 
 def tile_bounds(cols_M: Tensor, outputs: int, chunk: int, block: int) -> Tensor:
-    """int64 [C, T + 1]: where the pairs of each tile of each chunk begin, and the last one ends."""
+    """int64 [C, T + 1]: where the pairs of each tile of each chunk begin, and the last one ends.
+
+    T + 1 is rounded up to an even number: each chunk's row is as aligned as the first, and the
+    kernel is compiled once.
+    """
     tiles = -(-chunk // block)
     device = cols_M.device
     starts_C = torch.arange(0, outputs, chunk, device=device)
-    inside_T = torch.arange(tiles + 1, device=device).mul_(block).clamp_(max=chunk)
+    inside_T = torch.arange((tiles + 2) // 2 * 2, device=device).mul_(block).clamp_(max=chunk)
     edges_CT = (starts_C[:, None] + inside_T).clamp_(max=outputs)
     return torch.searchsorted(cols_M, edges_CT)
 
