@@ -43,8 +43,8 @@ def piece(fn: Callable[..., Any], use_compiled: bool, **flags: Any) -> Callable[
 
     def call(*args: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
-        # A size of 0 or 1 would be compiled as a constant.
-        if any(size < 2 for t in tensors for size in t.shape):
+        # A ragged last chunk of one output is not worth a variant of its own.
+        if tensors[0].shape[:1] == (1,) or any(t.numel() == 0 for t in tensors):
             return eager(*args)
         key = (fn, tuple(sorted(flags.items())), tuple(_kind(a) for a in args))
         run = _cache.get(key) or _compile(key, fn, flags, args)
@@ -56,7 +56,9 @@ def piece(fn: Callable[..., Any], use_compiled: bool, **flags: Any) -> Callable[
 def _kind(value: Any) -> Any:
     """What a compiled piece depends on in one argument: not its sizes, not a number's value."""
     if isinstance(value, Tensor):
-        return value.dtype, value.dim(), value.is_contiguous()
+        # A size of 1 is compiled as a constant, as is a vector's bias as a column.
+        ones = tuple(size == 1 for size in value.shape)
+        return value.dtype, ones, value.is_contiguous()
     return type(value)
 
 
@@ -107,8 +109,9 @@ def _copies(args: tuple[Any, ...]) -> list[Any]:
     for a in args:
         if isinstance(a, Tensor):
             a = a.detach().clone()
-            for dim in range(a.dim()):
-                torch._dynamo.mark_dynamic(a, dim)
+            for dim, size in enumerate(a.shape):
+                if size > 1:
+                    torch._dynamo.mark_dynamic(a, dim)
         copies.append(a)
     return copies
 

@@ -7,13 +7,13 @@ import functools
 import torch
 from torch import Tensor
 
-from elmo_compile.kernels.aten.lanes import e4m3_bytes, e4m3_value, pack_bf16
+from elmo_compile.kernels.aten.lanes import e4m3_bits, e4m3_bytes, pack_bf16
 
 
 def quads_(out: Tensor, words: Tensor) -> None:
     """bf16 words [C, D/2] of E4M3 words [C, D/4], columns in `halves_order`. Exact."""
-    values = [e4m3_value(byte).view(torch.int32) for byte in e4m3_bytes(words)]
-    left, right = pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3])
+    bits = [e4m3_bits(byte) for byte in e4m3_bytes(words)]
+    left, right = pack_bf16(bits[0], bits[1]), pack_bf16(bits[2], bits[3])
     out.copy_(torch.cat((left, right), 1))
 
 

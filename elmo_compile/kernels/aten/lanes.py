@@ -10,14 +10,14 @@ Element order of a word is little endian: element 0 is in the low bits.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 _HIGH = -65536  # 0xffff0000
 _E4M3_NAN = 0x7F
-_MIN_NORMAL = 2.0**-6  # of E4M3; its exponent e is e + 120 in float32
+_NAN = 0x7FC00000
+_EXPONENT_0 = 120 << 23  # E4M3's exponent e is e + 120 in float32
+_MIN_STEP = 2.0**-9  # between E4M3's subnormals
 
 
 def as_words(t: Tensor) -> Tensor:
@@ -44,26 +44,23 @@ def pack_bf16(even: Tensor, odd: Tensor) -> Tensor:
     return ((even >> 16) & 0xFFFF) | (odd & _HIGH)
 
 
-def e4m3_value(byte: Tensor) -> Tensor:
-    """float32 value of an E4M3 byte, given as int32 in [0, 256)."""
+def e4m3_bits(byte: Tensor) -> Tensor:
+    """Bits of the float32 value of an E4M3 byte, given as int32 in [0, 256)."""
     magnitude = byte & 0x7F
-    # Subnormals (exponent 0) are read as 2^-6 (1 + m/8) and 2^-6 taken off again: exact.
-    subnormal = magnitude < 8
-    bits = (magnitude << 20) + ((120 + subnormal.to(torch.int32)) << 23)
-    value = bits.view(torch.float32) - subnormal.to(torch.float32) * _MIN_NORMAL
-    value = torch.where(magnitude == _E4M3_NAN, math.nan, value)
-    return (value.view(torch.int32) | ((byte & 0x80) << 24)).view(torch.float32)
+    # Few casts between int32 and float32 bits: each goes through memory when compiled.
+    subnormal = (magnitude.to(torch.float32) * _MIN_STEP).view(torch.int32)
+    bits = torch.where(magnitude < 8, subnormal, (magnitude << 20) + _EXPONENT_0)
+    return torch.where(magnitude == _E4M3_NAN, _NAN, bits) | ((byte & 0x80) << 24)
 
 
 def e4m3_byte(v: Tensor) -> Tensor:
     """E4M3 byte of float32 values that lie on its grid, as int32 in [0, 256)."""
     bits = v.view(torch.int32)
-    a = (bits & 0x7FFFFFFF).view(torch.float32)
-    subnormal = a < _MIN_NORMAL
-    shifted = a + subnormal.to(torch.float32) * _MIN_NORMAL
-    code = (shifted.view(torch.int32) >> 20) - ((120 + subnormal.to(torch.int32)) << 3)
+    # From its exponent a normal value has a code of 8 or more, a subnormal one less than its own.
+    normal = ((bits & 0x7FFFFFFF) >> 20) - (_EXPONENT_0 >> 20)
+    subnormal = (v.abs() * (1 / _MIN_STEP)).clamp_max(8.0).to(torch.int32)
     # The largest number is 0x7e; NaN comes out above it.
-    return code.clamp_max(_E4M3_NAN) | ((bits >> 24) & 0x80)
+    return torch.maximum(normal, subnormal).clamp_max(_E4M3_NAN) | ((bits >> 24) & 0x80)
 
 
 def e4m3_bytes(words: Tensor) -> tuple[Tensor, ...]:

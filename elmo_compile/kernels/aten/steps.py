@@ -2,7 +2,8 @@
 
 Written once for elements as they are (`plain_`) and once for int32 lanes (`lanes_`).
 Shapes: C outputs of a chunk, D features. Keys are the int32 row keys of `numerics.philox`, None for
-rounding to nearest.
+rounding to nearest. `d` is the int32 column of each element, or of the first one of each word: an
+argument, because compiled code builds an `arange` one lane at a time, at the cost of the hash.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def plain_(
     m: Tensor | None,
     w_key: Tensor | None,
     m_key: Tensor | None,
+    d: Tensor,
     scale: float,
     lr: float,
     weight_decay: float,
@@ -48,7 +50,6 @@ def plain_(
         momentum=momentum,
         nesterov=nesterov,
     )
-    d = torch.arange(w.shape[1], dtype=torch.int32, device=w.device)
     w.copy_(_rounded(new_w, w.dtype, w_key, d))
     if m is not None and new_m is not None:
         m.copy_(_rounded(new_m, m.dtype, m_key, d))
@@ -61,6 +62,7 @@ def lanes_(
     m: Tensor | None,
     w_key: Tensor,
     m_key: Tensor | None,
+    d: Tensor,
     scale: float,
     lr: float,
     weight_decay: float,
@@ -75,7 +77,6 @@ def lanes_(
     else:
         w_parts, dw_parts = _halves(decoded), _halves(dw)
     m_parts = (None,) * len(w_parts) if m is None else lanes.unpack_bf16(m)
-    first = torch.arange(w.shape[1], dtype=torch.int32, device=w.device) * len(w_parts)
     new_w, new_m = [], []
     for j, (w_j, dw_j, m_j) in enumerate(zip(w_parts, dw_parts, m_parts)):
         v, u = sgd(
@@ -87,9 +88,9 @@ def lanes_(
             momentum=momentum,
             nesterov=nesterov,
         )
-        new_w.append(_on_grid(v, w_key, first + j, BF16 if decoded is None else E4M3))
+        new_w.append(_on_grid(v, w_key, d + j, BF16 if decoded is None else E4M3))
         if u is not None and m_key is not None:
-            new_m.append(_on_grid(u, m_key, first + j, BF16))
+            new_m.append(_on_grid(u, m_key, d + j, BF16))
     if decoded is None:
         w.copy_(lanes.pack_bf16(*(v.view(torch.int32) for v in new_w)))
     else:

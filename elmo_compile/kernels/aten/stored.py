@@ -40,6 +40,8 @@ class StoredWeight:
         if w_LD.dtype != operand:
             self._decoded = torch.empty(chunk, num_features, dtype=operand)
         self._gradient: Tensor | None = None
+        per_word = {"plain": 1, "pairs": 2, "quads": 4}[self.layout]
+        self._columns = torch.arange(0, num_features, per_word, dtype=torch.int32)
         self._keys = [
             _RowKeys(update, stream, w_LD.shape[0], chunk, fast) if update and needed else None
             for stream, needed in self._streams()
@@ -114,12 +116,12 @@ class StoredWeight:
         rates = (scale, update.lr, update.weight_decay, update.momentum)
         if self.layout == "plain":
             run = piece(steps.plain_, self.fast, nesterov=update.nesterov)
-            run(stored, dw, m, w_key, m_key, *rates)
+            run(stored, dw, m, w_key, m_key, self._columns, *rates)
             return
         run = piece(steps.lanes_, self.fast, nesterov=update.nesterov)
         decoded = None if self._decoded is None else as_words(self._decoded[: stop - start])
         words = None if m is None else as_words(m)
-        run(as_words(stored), decoded, as_words(dw), words, w_key, m_key, *rates)
+        run(as_words(stored), decoded, as_words(dw), words, w_key, m_key, self._columns, *rates)
 
 
 class _RowKeys:

@@ -28,7 +28,8 @@ def forward(p: HeadProblem) -> Forward:
         lse_N = z_NL.logsumexp(1)
         rows_N = (y_NL * (lse_N[:, None] - z_NL)).sum(1)
         return Forward(rows_N, lse_N)
-    return Forward(losses.bce_value(z_NL, y_NL).sum(1), z_NL.new_empty(0))
+    no_stats = torch.empty(0, dtype=torch.float32, device=z_NL.device)
+    return Forward(losses.bce_value(z_NL, y_NL).sum(1), no_stats)
 
 
 @torch.no_grad()

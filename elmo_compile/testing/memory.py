@@ -1,0 +1,75 @@
+"""Peak bytes of live tensors: an exact, instant check that a large tensor never existed (CPU).
+
+It counts what goes through torch's dispatcher. Memory that Inductor's generated code allocates for
+itself, and a library's scratch space, do not.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of storages created while it is active, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        """Bytes of storages created since entry that still exist."""
+        self.peak = 0
+        """The largest `live` has been."""
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **kwargs)
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.layout == torch.strided and _key(t) not in given:
+                self._count(t)
+        return result
+
+    def _count(self, t: torch.Tensor) -> None:
+        storage = t.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+def _key(t: torch.Tensor) -> int:
+    return t.untyped_storage()._cdata if t.layout == torch.strided else 0
+
+
+def peak_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Peak bytes of tensors that live during `fn(*args, **kwargs)` and were not there before.
+
+    Args:
+        fn: any function of CPU tensors; what it returns counts while it runs.
+
+    Returns:
+        Bytes. Views and tensors passed in count nothing.
+    """
+    mode = PeakBytes()
+    with mode:
+        fn(*args, **kwargs)
+    return mode.peak

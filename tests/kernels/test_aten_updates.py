@@ -1,0 +1,174 @@
+"""Fused updates on a CPU: the bits they write, and that neither chunks nor layouts enter them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from elmo_compile.kernels import aten, reference
+from elmo_compile.kernels.aten import stored
+from elmo_compile.kernels.problem import HeadProblem
+from elmo_compile.numerics.update import Update
+from elmo_compile.testing.budget import assert_within_budget
+
+from .head_cases import FP8, exact, problem, replaced
+
+WEIGHTS = {
+    "float32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp8": (FP8, torch.bfloat16),
+}
+STATES = {"none": None, "float32": torch.float32, "bf16": torch.bfloat16}
+
+
+def updated(family: object, p: HeadProblem, scale_N: Tensor, **options: object) -> Update:
+    """Run `backward_update` of a family on p; its weight and the returned buffer are new."""
+    update = Update(**options)  # type: ignore[arg-type]
+    stats_N = reference.forward(p).stats_N
+    family.backward_update(p, stats_N, scale_N, update)  # type: ignore[attr-defined]
+    return update
+
+
+def words(t: Tensor) -> Tensor:
+    return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()])
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("features", [12, 10, 7])
+def test_integer_data_gives_the_reference_bits(
+    weight: str, rounding: str, state: str, features: int
+) -> None:
+    """All-zero-weight BCE has g = 1/2 or -1/2: gradients are exact, so every bit must agree."""
+    dtype, compute = WEIGHTS[weight]
+    for chunk in (1, 16, 52, 53, 400):
+        p = problem(
+            "bce", weight=dtype, compute=compute, chunk=chunk, bias=False, integers=True,
+            num_features=features,
+        )  # fmt: skip
+        p.w_LD.zero_()
+        scale_N = torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0, 4.0, -1.0])
+        results = []
+        for family in (reference, aten):
+            q = replaced(p)
+            buffer = None
+            if STATES[state] is not None:
+                buffer = torch.full(q.w_LD.shape, 0.375, dtype=STATES[state])
+            update = updated(
+                family, q, scale_N, lr=0.0123, weight_decay=0.01, rounding=rounding, seed=5,
+                param_id=3, step=9, row_offset=1 << 33, buffer=buffer,
+                momentum=0.9 if buffer is not None else 0.0, nesterov=state == "bf16",
+            )  # fmt: skip
+            results.append((q.w_LD, update.buffer))
+        if weight == "float32" and state == "none":
+            # Formed in the product's epilogue, whose float32 operations come in another order.
+            torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(words(results[0][0]), words(results[1][0])), chunk
+        if results[0][1] is not None:
+            assert torch.equal(words(results[0][1]), words(results[1][1])), chunk
+
+
+@pytest.mark.parametrize("weight", ["bf16", "fp8"])
+@pytest.mark.parametrize("kind", ["bce", "ce"])
+def test_chunks_hardly_enter_on_real_data(kind: str, weight: str) -> None:
+    dtype, compute = WEIGHTS[weight]
+    scale_N = torch.full((16,), 1 / 16)
+    results = []
+    for chunk in (17, 64, 1000):
+        p = problem(
+            kind, num_rows=16, num_features=32, num_outputs=1000, weight=dtype, compute=compute,
+            chunk=chunk,
+        )  # fmt: skip
+        updated(aten, p, scale_N, lr=0.05, seed=1)
+        results.append(p.w_LD.float())
+    for other in results[1:]:
+        differ = other != results[0]
+        assert float(differ.float().mean()) <= 1e-4
+        ulp = torch.maximum(results[0].abs(), torch.tensor(2.0**-6)) * 2.0**-3
+        assert bool(((other - results[0]).abs() <= ulp).all())
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("weight", ["float32", "bf16"])
+def test_nearest_update_within_budget(weight: str, decay: float) -> None:
+    dtype, compute = WEIGHTS[weight]
+    p = problem("ce", weight=dtype, compute=compute)
+    truth, eager = exact(p), replaced(p)
+    scale_N = torch.rand(7)
+    options = {"lr": 0.1, "rounding": "nearest", "weight_decay": decay}
+    updated(reference, truth, scale_N, **options)
+    g = aten.backward(eager, aten.forward(eager).stats_N, scale_N).dw_LD
+    optimizer = torch.optim.SGD([eager.w_LD], lr=0.1, weight_decay=decay)
+    eager.w_LD.grad = g
+    optimizer.step()
+    updated(aten, p, scale_N, **options)
+    assert_within_budget(p.w_LD, truth.w_LD, eager.w_LD, what="updated weight")
+
+
+def test_fused_and_unfused_agree() -> None:
+    p = problem("bce")
+    scale_N = torch.rand(7)
+    dw = aten.backward(p, torch.empty(0), scale_N).dw_LD
+    expected = p.w_LD - 0.1 * (dw + 0.01 * p.w_LD)
+    aten.backward_update(p, torch.empty(0), scale_N, Update(lr=0.1, weight_decay=0.01))
+    torch.testing.assert_close(p.w_LD, expected)
+
+
+def test_steps_streams_and_seeds_change_the_bits() -> None:
+    def run(**changed: int) -> Tensor:
+        p = problem("bce", num_outputs=300, weight=torch.bfloat16, compute=torch.bfloat16)
+        updated(aten, p, torch.ones(7), **{"lr": 1e-3, "seed": 1, "step": 1, **changed})
+        return p.w_LD
+
+    first = run()
+    assert torch.equal(first, run())
+    for changed in ({"seed": 2}, {"step": 2}, {"param_id": 1}, {"row_offset": 1}):
+        assert not torch.equal(first, run(**changed)), changed
+
+
+def test_shards_write_the_bits_of_the_whole() -> None:
+    whole = problem("bce_dense", weight=FP8, compute=torch.bfloat16, bias=False, integers=True)
+    whole.w_LD.zero_()
+    y, w = whole.target.round(), whole.w_LD.clone()
+    whole = replaced(whole, target=y)
+    aten.backward_update(whole, torch.empty(0), torch.ones(7), Update(lr=0.013, seed=4))
+    for start, stop in ((0, 20), (20, 53)):
+        part = replaced(whole, target=y[:, start:stop])
+        part = replaced(part, w_LD=w[start:stop].clone())
+        update = Update(lr=0.013, seed=4, row_offset=start)
+        aten.backward_update(part, torch.empty(0), torch.ones(7), update)
+        assert torch.equal(words(part.w_LD), words(whole.w_LD[start:stop]))
+
+
+def test_small_updates_survive_in_expectation() -> None:
+    """Updates of 1/200 step: nearest loses them all, stochastic rounding keeps their mean."""
+    w = torch.full((64, 64), 1.0).bfloat16()
+    p = problem("bce", num_rows=2, num_features=64, num_outputs=64, bias=False, positives=0)
+    p = replaced(p, x_ND=torch.ones(2, 64), w_LD=w, compute_dtype=torch.bfloat16, chunk=16)
+    for step in range(200):
+        aten.backward_update(
+            p, torch.empty(0), torch.full((2,), 0.5), Update(lr=2.0**-7 / 200, step=step)
+        )
+    # sigmoid(64) is 1: every update moves by lr.
+    mean = float(p.w_LD.float().mean())
+    assert mean == pytest.approx(1 - 2.0**-7, abs=5 * 2.0**-7 / 64)
+
+
+def test_layouts_are_taken_where_they_can_be() -> None:
+    def layout(dtype: torch.dtype, features: int, **options: object) -> str:
+        w = torch.zeros(8, features).to(dtype)
+        update = Update(lr=1.0, **options)  # type: ignore[arg-type]
+        return stored.StoredWeight(w, torch.bfloat16, 4, update, False).layout
+
+    assert layout(torch.bfloat16, 8) == "pairs"
+    assert layout(FP8, 8) == "quads"
+    assert layout(torch.bfloat16, 7) == "plain"
+    assert layout(FP8, 6) == "plain"
+    assert layout(FP8, 8, rounding="nearest") == "plain"
+    assert layout(torch.float32, 8) == "plain"
+    state = torch.zeros(8, 8)
+    assert layout(torch.bfloat16, 8, buffer=state) == "plain"
+    assert layout(torch.bfloat16, 8, buffer=state.bfloat16()) == "pairs"
