@@ -1,4 +1,4 @@
-"""The backend keeps torch.compile's own behaviour: modes, options, recompiles, the user's objects."""
+"""The backend keeps torch.compile's own behaviour: modes, options, recompiles, users' objects."""
 
 from __future__ import annotations
 
