@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 
 from elmo_compile.passes.graphs import Site, hint, hints, sites, tensor_of, value_of
+from elmo_compile.passes.modes import ambient_autocast, autocast_states, grad_modes
 from elmo_compile.passes.records import Autocast, Region
 
 _TAIL_FUNCTIONS = frozenset(
@@ -48,40 +49,6 @@ def find_regions(module: fx.GraphModule, min_outputs: int) -> tuple[Region, ...]
             taken.update(region.nodes)
             regions.append(region)
     return tuple(regions)
-
-
-def ambient_autocast() -> Autocast:
-    """The autocast contexts the caller compiles in, which are in no graph."""
-    return tuple(
-        (device, torch.get_autocast_dtype(device), True, None)
-        for device in ("cuda", "cpu")
-        if torch.is_autocast_enabled(device)
-    )
-
-
-def autocast_states(graph: fx.Graph, outer: Autocast) -> dict[fx.Node, Autocast]:
-    """The autocast contexts around each node, outermost first."""
-    stack: list[Autocast] = [outer]
-    states: dict[fx.Node, Autocast] = {}
-    for node in graph.nodes:
-        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-        if name == "_enter_autocast":
-            stack.append((*stack[-1], tuple(node.args)))
-        elif name == "_exit_autocast" and len(stack) > 1:
-            stack.pop()
-        states[node] = stack[-1]
-    return states
-
-
-def grad_modes(graph: fx.Graph) -> dict[fx.Node, bool]:
-    """Whether autograd records at each node, as far as the graph itself switches it."""
-    enabled = torch.is_grad_enabled()
-    modes: dict[fx.Node, bool] = {}
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
-            enabled = bool(node.args[0])
-        modes[node] = enabled
-    return modes
 
 
 def seed_outputs(node: fx.Node, min_outputs: int) -> int | None:

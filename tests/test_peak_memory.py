@@ -140,7 +140,9 @@ def test_dense_targets_never_exist():
     assert 0 < mode.peak < rows * outputs * 4 / 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_converted_head_has_no_wide_copy(dtype):
     """A float32 copy of the weight would be 17 MiB, and its gradient too.
 
@@ -151,6 +153,6 @@ def test_converted_head_has_no_wide_copy(dtype):
     elmo.convert_head(model, dtype)
     optimizer = elmo.optim.SGD(model.parameters(), lr=0.1)
     x, target = torch.randn(rows, columns), targets("bce", rows, outputs)
-    peak = second_step(*counted_step(model, optimizer, budget="1MiB"), x, target)
+    peak = second_step(*counted_step(model, optimizer, budget="4MiB"), x, target)
     assert elmo.last_report().matches[0].fused_update
     assert 0 < peak < columns * outputs * 4 / 2

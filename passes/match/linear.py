@@ -1,8 +1,6 @@
-"""Rules for the product with the weight and for what may stand between it and the loss.
+"""Rules for the product with the weight: views of the weight, the product itself, its bias.
 
-`linear`, `matmul`, `mm`, `addmm`, `einsum` and the op of a converted head all become `Logits`;
-casts, views and row slices of logits are remembered as operations on the rows of x, with which the
-product commutes: (S x) W^T = S (x W^T) for any rearrangement or selection S of rows.
+`linear`, `matmul`, `mm`, `addmm`, `einsum` and the op of a converted head all become `Logits`.
 """
 
 from __future__ import annotations
@@ -14,27 +12,12 @@ import torch
 import torch.fx as fx
 
 from elmo_compile.passes.graphs import args_of, hint, hints, tensor_of
+from elmo_compile.passes.match.casts import CASTS, SAME, TRANSPOSES, keeps_values
 from elmo_compile.passes.match.refuse import NoMatch
 from elmo_compile.passes.match.state import Kind, Logits, WeightView
-from elmo_compile.passes.records import RowOp
 from elmo_compile.report.records import Code
 
 aten = torch.ops.aten
-
-CASTS = frozenset({aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.other})
-SAME = frozenset(
-    {aten.contiguous.default, aten.clone.default, aten.alias.default, aten.lift_fresh.default}
-)
-_TRANSPOSES = frozenset(
-    {
-        aten.t.default,
-        aten.numpy_T.default,
-        aten.mT.default,
-        aten.transpose.int,
-        aten.permute.default,
-    }
-)
-_VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 
 
 def linear_head(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | None:
@@ -86,7 +69,7 @@ def weight_view(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | Non
             known = WeightView(source, False)
     if not isinstance(known, WeightView):
         return None
-    if node.target in _TRANSPOSES:
+    if node.target in TRANSPOSES:
         before, after = tensor_of(source), tensor_of(node)
         assert before is not None
         assert after is not None
@@ -96,7 +79,7 @@ def weight_view(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | Non
         if node.target is aten.transpose.int and dims[0] == dims[1]:
             identity = True
         return known if identity or not swapped else WeightView(known.node, not known.transposed)
-    if node.target in CASTS and not _keeps_values(node, kinds):
+    if node.target in CASTS and not keeps_values(node, kinds):
         return None
     return known if node.target in CASTS or node.target in SAME else None
 
@@ -113,120 +96,6 @@ def add_bias(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | None:
                 return None
             return dataclasses.replace(known, bias=other)
     return None
-
-
-def rearranged_rows(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | None:
-    """Casts, views, transposes and slices of logits that keep every output -> Logits."""
-    source = args_of(node)[0] if args_of(node) else None
-    known = kinds.get(source) if isinstance(source, fx.Node) else None
-    before, after = tensor_of(source), tensor_of(node)
-    if not isinstance(known, Logits) or before is None or after is None:
-        return None
-    target, rank = node.target, before.ndim
-    if target in CASTS:
-        if not _keeps_values(node, kinds):
-            return None
-        return dataclasses.replace(known, upcast=known.upcast or after.itemsize > before.itemsize)
-    if target in SAME:
-        return known
-    if known.class_dim == "second":
-        return None
-    if target in _TRANSPOSES:
-        return _transposed(known, node, rank)
-    if hints(after.shape)[-1:] != (L,):
-        return None
-    if target in _VIEWS:
-        D = _features(known)
-        return _with(known, RowOp(aten.reshape.default, ([*args_of(node)[1][:-1], D],)))
-    if target is aten.flatten.using_ints:
-        start, end = (dim % rank for dim in (*args_of(node)[1:3], 0, -1)[:2])
-        return _with(known, RowOp(target, (start, end))) if end < rank - 1 else None
-    if target in (aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim):
-        dim = args_of(node)[1] if len(args_of(node)) > 1 else 0
-        dim = dim + rank + (target is aten.unsqueeze.default) if dim < 0 else dim
-        if dim >= rank - (target is not aten.unsqueeze.default):
-            return known if _keeps_all(node, L) else None
-        return _with(known, RowOp(target, (dim, *args_of(node)[2:])))
-    if target is aten.index.Tensor and len(args_of(node)[1]) < rank:
-        return _with(known, RowOp(target, tuple(args_of(node)[1:])))
-    if target in (aten.index_select.default,) and args_of(node)[1] % rank != rank - 1:
-        return _with(known, RowOp(target, tuple(args_of(node)[1:])))
-    return None
-
-
-def _keeps_values(node: fx.Node, kinds: dict[fx.Node, Kind]) -> bool:
-    """Whether a cast is one that a product's operand dtype accounts for.
-
-    Not: to another device, to integers, or wider after a cast that was narrower (a rounding the
-    program asked for, such as a simulated quantization).
-    """
-    source = args_of(node)[0]
-    before, after = tensor_of(source), tensor_of(node)
-    assert before is not None
-    assert after is not None
-    if not after.is_floating_point() or before.device != after.device:
-        return False
-    return after.itemsize <= before.itemsize or not _was_narrowed(source, kinds)
-
-
-def _was_narrowed(node: fx.Node, kinds: dict[fx.Node, Kind]) -> bool:
-    """Whether logits, or a weight, were cast to fewer bytes on the way to `node`."""
-    known, now = kinds.get(node), tensor_of(node)
-    if known is None or now is None:
-        return False
-    for source in node.all_input_nodes:
-        before = tensor_of(source)
-        narrower = before is not None and before.itemsize > now.itemsize
-        of_interest = type(kinds.get(source)) is type(known) or source.op == "placeholder"
-        if of_interest and node.target in CASTS and narrower:
-            return True
-        if type(kinds.get(source)) is type(known) and _was_narrowed(source, kinds):
-            return True
-    return False
-
-
-def _with(logits: Logits, op: RowOp) -> Logits:
-    return dataclasses.replace(logits, row_ops=(*logits.row_ops, op))
-
-
-def _keeps_all(node: fx.Node, L: int) -> bool:
-    """`z[..., :]`: a slice of the outputs that keeps all of them."""
-    if node.target is not aten.slice.Tensor:
-        return False
-    start, end, step = (*args_of(node)[2:5], None, None, None)[:3]
-    return (
-        start in (0, None)
-        and step in (1, None)
-        and (end is None or (isinstance(end, int) and end >= L))
-    )
-
-
-def _transposed(known: Logits, node: fx.Node, rank: int) -> Logits | None:
-    """A permutation of rows, or one that moves the outputs to dimension 1 (torch's class dim)."""
-    order = list(range(rank))
-    if node.target is aten.permute.default:
-        order = [dim % rank for dim in args_of(node)[1]]
-    elif node.target is aten.transpose.int:
-        a, b = (dim % rank for dim in args_of(node)[1:3])
-        order[a], order[b] = order[b], order[a]
-    else:
-        order = (
-            order[::-1] if node.target is not aten.mT.default else [*order[:-2], rank - 1, rank - 2]
-        )
-    where = order.index(rank - 1)
-    rows = [dim for dim in order if dim != rank - 1]
-    if where not in (1, rank - 1) or rank < 2:
-        return None
-    moved = known
-    if rows != sorted(rows):
-        moved = _with(known, RowOp(aten.permute.default, ([*rows, rank - 1],)))
-    return dataclasses.replace(moved, class_dim="last" if where == rank - 1 else "second")
-
-
-def _features(logits: Logits) -> int:
-    x = tensor_of(logits.x)
-    assert x is not None
-    return hint(x.shape[-1])
 
 
 def _weight(node: Any, kinds: dict[fx.Node, Kind], *, want_transposed: bool) -> fx.Node | None:

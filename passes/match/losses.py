@@ -10,7 +10,7 @@ import torch.fx as fx
 
 from elmo_compile.numerics.losses import BCE, CE, LossSpec, Reduction
 from elmo_compile.passes.graphs import args_of, tensor_of, value_of
-from elmo_compile.passes.match.linear import CASTS, SAME
+from elmo_compile.passes.match.casts import CASTS, SAME
 from elmo_compile.passes.match.refuse import NoMatch
 from elmo_compile.passes.match.state import Extent, Kind, Logits, Loss
 from elmo_compile.passes.match.targets import target_of

@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 
 from elmo_compile.passes.graphs import hint, tensor_of
-from elmo_compile.passes.match import linear, losses, targets
+from elmo_compile.passes.match import linear, losses, rows, targets
 from elmo_compile.passes.match.refuse import NoMatch
 from elmo_compile.passes.match.state import Kind, Logits, Loss
 from elmo_compile.passes.records import AtenRegion, HeadMatch, Region
@@ -27,7 +27,7 @@ LINEAR_RULES: tuple[Rule, ...] = (
     linear.weight_view,
     linear.linear_head,
     linear.add_bias,
-    linear.rearranged_rows,
+    rows.rearranged_rows,
 )
 LOSS_RULES: tuple[RegionRule, ...] = (
     targets.zeros,

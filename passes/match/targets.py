@@ -14,7 +14,7 @@ import torch.fx as fx
 
 from elmo_compile.numerics.losses import TargetForm
 from elmo_compile.passes.graphs import args_of, hint, hints, same_shape, same_size, tensor_of
-from elmo_compile.passes.match.linear import CASTS, SAME
+from elmo_compile.passes.match.casts import CASTS, SAME
 from elmo_compile.passes.match.state import Kind, OneHot, Targets
 from elmo_compile.passes.records import AtenRegion, RowOp
 

@@ -16,8 +16,8 @@ import torch
 import torch.fx as fx
 
 from elmo_compile.errors import ElmoError
-from elmo_compile.passes.find import grad_modes
 from elmo_compile.passes.graphs import copy_module, is_checkpoint, sites, source_of, tensor_of
+from elmo_compile.passes.modes import grad_modes
 from elmo_compile.passes.plan import unmatched_lowp
 from elmo_compile.passes.records import ExtraInput, PlannedHead, Rewritten, RowOp
 from elmo_compile.passes.rewrite.inputs import Inputs, remove_input
