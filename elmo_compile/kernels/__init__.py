@@ -1,4 +1,4 @@
-"""Kernel families for one head step. Each is a module with `forward`, `backward`, `backward_update`.
+"""Kernel families for one head step: modules with `forward`, `backward`, `backward_update`.
 
 `reference` is the specification (dense, any dtype), `aten` runs on a CPU, `triton` on CUDA;
 `problem` holds the records they exchange and `targets` turns every spelling of sparse targets into

@@ -45,8 +45,9 @@ class HeadProblem:
     chunk: int
     """Outputs per chunk, at least 1; need not divide L."""
     compute_dtype: torch.dtype
-    """Operand dtype of the matrix products: float64, float32, float16 or bfloat16. Logits and their gradient
-    are computed in float32 (float64 for float64), the gradient stored at most in this dtype."""
+    """Operand dtype of the matrix products: float64, float32, float16 or bfloat16. Logits and their
+    gradient are computed in float32 (float64 for float64), the gradient stored at most in this
+    dtype."""
     wide_dw: bool = False
     """Whether the weight gradient is float32 whatever the weight is stored in."""
 

@@ -32,9 +32,10 @@ class LossSpec:
     targets: TargetForm
     """How targets are given. `classes`: int64 [N]. `dense`: [N, L]. `padded`: int64 [N, P], -1 is
     padding. `indices`: int64 [N, P] without padding, as `scatter_`. `flat`: int64 [M] with offsets
-    int64 [N + 1]. `pairs`: rows int64 [M], cols int64 [M], negative ones from the end as `index_put_`."""
+    int64 [N + 1]. `pairs`: rows int64 [M], cols int64 [M], negative ones from the end as
+    `index_put_`."""
     duplicates: Literal["once", "count"] = "once"
-    """What a label given twice for one row means: 1 (`multi_hot`, scatter) or 2 (`one_hot().sum()`)."""
+    """What a label given twice for a row means: 1 (`multi_hot`, scatter) or 2 (`one_hot().sum()`)."""
     reduction: Reduction = "mean"
     """`none`: one value a row (summed over outputs). `mean`: as torch: over N*L for BCE, over the
     rows that are not ignored for cross entropy."""
@@ -86,7 +87,23 @@ def bce_gradient(z: Tensor, y: Tensor) -> Tensor:
 
 def softplus(z: Tensor) -> Tensor:
     """`log(1 + exp(z))`, the value of a negative: finite for every finite z."""
-    return z.clamp_min(0) + torch.log1p(torch.exp(-z.abs()))
+    return z.clamp_min(0) + log1p_of_unit(torch.exp(-z.abs()))
+
+
+def log1p_of_unit(s: Tensor) -> Tensor:
+    """`log(1 + s)` for 0 <= s <= 1 as `2 atanh(s / (2 + s))`, its series cut off at float32.
+
+    Multiplications and additions alone, where a compiled `log1p` is a call for each vector: the
+    relative error is below 3e-7 down to s = 0. float64 takes torch's own.
+    """
+    if s.dtype == torch.float64:
+        return torch.log1p(s)
+    t = s / (2.0 + s)
+    u = t * t
+    series = u * (1 / 13) + 1 / 11
+    for odd in (9, 7, 5, 3, 1):
+        series = series * u + 1 / odd
+    return 2.0 * t * series
 
 
 def positive_gradient(z: Tensor, values: Tensor | None) -> Tensor:

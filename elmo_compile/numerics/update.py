@@ -16,7 +16,7 @@ Rounding = Literal["stochastic", "nearest"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Update:
-    """One update of one weight: hyper-parameters read now, state by reference, rounding counters."""
+    """One update of one weight: hyper-parameters as they are now, state, rounding counters."""
 
     lr: float
     weight_decay: float = 0.0
