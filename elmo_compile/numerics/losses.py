@@ -35,7 +35,7 @@ class LossSpec:
     int64 [N + 1]. `pairs`: rows int64 [M], cols int64 [M], negative ones from the end as
     `index_put_`."""
     duplicates: Literal["once", "count"] = "once"
-    """What a label given twice for a row means: 1 (`multi_hot`, scatter) or 2 (`one_hot().sum()`)."""
+    """What a label given twice counts: 1 (`multi_hot`, scatter) or 2 (`one_hot().sum()`)."""
     reduction: Reduction = "mean"
     """`none`: one value a row (summed over outputs). `mean`: as torch: over N*L for BCE, over the
     rows that are not ignored for cross entropy."""

@@ -1,0 +1,455 @@
+"""One head step (loss, dx, SGD on the head) on a CPU, side by side with what else can do it.
+
+Contenders run in turn within each round, and are compared in CPU-seconds, as medians and as ratios
+to the floor: the three bare matrix products of a step, in the same dtype, chunked, at their best
+layout, in the same run. Memory is the growth of peak resident bytes during one step, each contender
+in a process of its own. `--quick` takes a few minutes on two cores, the full run most of an hour.
+
+    python benchmarks/head_step.py --quick --json benchmarks/results/head_step_quick.json
+
+Shapes: N rows, D features, L outputs, C outputs of a chunk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import elmo_compile
+from elmo_compile.heads import LowPrecisionLinear
+from elmo_compile.kernels import aten
+from elmo_compile.kernels.problem import HeadProblem
+from elmo_compile.kernels.targets import positives_of
+from elmo_compile.numerics.losses import BCE, CE, LossSpec
+from elmo_compile.numerics.update import Update
+
+Step = Callable[[], Any]
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+LR = 1e-6
+"""Small, so that a thousand repetitions leave the problem as it was."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One head: loss `bce` or `ce`, sizes, storage dtype, outputs per chunk."""
+
+    loss: str
+    rows: int
+    outputs: int
+    dtype: str
+    features: int = 768
+    positives: int = 5
+    chunk: int = 4096
+
+    def __str__(self) -> str:
+        return f"{self.loss} N={self.rows} D={self.features} L={self.outputs} {self.dtype}"
+
+
+FULL = [
+    Case(loss=loss, rows=rows, outputs=outputs, dtype=dtype, chunk=chunk)
+    for loss, rows, outputs, chunk in (
+        ("bce", 128, 131_072, 4096),
+        ("bce", 128, 670_091, 4096),
+        ("ce", 2048, 131_072, 2048),
+    )
+    for dtype in DTYPES
+]
+QUICK = [
+    Case(loss=loss, rows=rows, outputs=outputs, dtype=dtype, chunk=chunk)
+    for loss, rows, outputs, chunk in (("bce", 128, 65_536, 4096), ("ce", 1024, 16_384, 2048))
+    for dtype in DTYPES
+]
+
+
+class Inputs:
+    """Tensors of a case, shared by its contenders."""
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        n, num = case.rows, case.outputs
+        self.case = case
+        self.compute = torch.float32 if case.dtype == "float32" else torch.bfloat16
+        self.x = torch.randn(n, case.features).to(self.compute)
+        self.w = torch.empty(num, case.features, dtype=DTYPES[case.dtype])
+        for start in range(0, num, 65_536):
+            rows = self.w[start : start + 65_536]
+            rows.copy_(torch.randn(rows.shape) * 0.02)
+        shape = (n,) if case.loss == "ce" else (n, case.positives)
+        self.labels = torch.randint(0, num, shape)
+        self.scale = torch.full((n,), 1 / n)
+
+    def dense(self) -> Tensor:
+        """Multi-hot targets as torch's own loss wants them."""
+        y = torch.zeros(self.case.rows, self.case.outputs, dtype=self.compute)
+        return y.scatter_(1, self.labels, 1.0)
+
+
+def floor(inputs: Inputs, chunk: int) -> Step:
+    """`w x^T`, `z^T w`, `z x` for each chunk; fp8 as bf16, already decoded."""
+    x, w, compute, num = inputs.x, inputs.w, inputs.compute, inputs.case.outputs
+    z = torch.empty(chunk, x.shape[0], dtype=compute)
+    dx, dw = torch.empty_like(x), torch.empty(chunk, x.shape[1], dtype=compute)
+    decoded = (torch.randn(chunk, x.shape[1]) * 0.02).to(compute)
+
+    def step() -> None:
+        for start in range(0, num, chunk):
+            size = min(chunk, num - start)
+            w_c = w[start : start + size] if w.dtype == compute else decoded[:size]
+            z_c = torch.mm(w_c, x.t(), out=z[:size])
+            torch.mm(z_c.t(), w_c, out=dx)
+            torch.mm(z_c, x, out=dw[:size])
+
+    return step
+
+
+def ours(inputs: Inputs, rounding: str, value: str) -> Step:
+    """The fused step. value: `none`, `deferred` (with the update) or `exact` (own product)."""
+    case = inputs.case
+    problem = _problem(inputs)
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        update = Update(lr=LR, rounding=rounding, step=count)  # type: ignore[arg-type]
+        count += 1
+        first = case.loss == "ce" or value == "exact"
+        stats = aten.forward(problem).stats_N if first else torch.empty(0)
+        need = value == "deferred" and case.loss == "bce"
+        aten.backward_update(problem, stats, inputs.scale, update, need_db=False, need_value=need)
+
+    return step
+
+
+def unfused(inputs: Inputs) -> Step:
+    """Chunked loss and gradients, a real weight gradient, torch's own update."""
+    problem = _problem(inputs)
+
+    def step() -> None:
+        stats = aten.forward(problem).stats_N
+        dw = aten.backward(problem, stats, inputs.scale, need_db=False).dw_LD
+        assert dw is not None
+        inputs.w.add_(dw, alpha=-LR)
+
+    return step
+
+
+def _problem(inputs: Inputs) -> HeadProblem:
+    case = inputs.case
+    if case.loss == "ce":
+        target: Any = inputs.labels
+        spec = LossSpec(name=CE, targets="classes")
+    else:
+        spec = LossSpec(name=BCE, targets="padded")
+        target = positives_of(spec, inputs.labels, None, case.rows, case.outputs)
+    return HeadProblem(
+        x_ND=inputs.x,
+        w_LD=inputs.w,
+        b_L=None,
+        target=target,
+        loss=spec,
+        chunk=case.chunk,
+        compute_dtype=inputs.compute,
+    )
+
+
+class HeadModel(torch.nn.Module):
+    """The program a user compiles: a head and its loss; the features are an input."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__()
+        case = inputs.case
+        with torch.device("meta"):
+            self.head = torch.nn.Linear(case.features, case.outputs, bias=False)
+        self.head.weight = torch.nn.Parameter(inputs.w)
+        if case.dtype == "fp8":
+            self.head = LowPrecisionLinear.of(self.head, inputs.w.dtype)
+            self.head.weight = torch.nn.Parameter(inputs.w)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy, or BCE summed over outputs, mean over rows."""
+        z = self.head(x)
+        if labels.ndim == 1:
+            return F.cross_entropy(z, labels)
+        y = elmo_compile.multi_hot(labels, z.shape[-1])
+        return F.binary_cross_entropy_with_logits(z, y, reduction="sum") / z.shape[0]
+
+
+def through_backend(inputs: Inputs, value: str) -> Step:
+    """A whole step of `torch.compile(model, backend="elmo")` with elmo_compile.optim.SGD."""
+    model = HeadModel(inputs)
+    options = {"loss_value": value, "chunk_size": inputs.case.chunk}
+    step_fn = torch.compile(model, backend="elmo", options=options)
+    optimizer = elmo_compile.optim.SGD(model.parameters(), lr=LR)
+    x = inputs.x.clone().requires_grad_()
+
+    def step() -> None:
+        step_fn(x, inputs.labels).backward()
+        optimizer.step()
+        x.grad = None
+
+    return step
+
+
+def torch_step(inputs: Inputs, loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    """Autograd of a loss of (x, w), then SGD on w."""
+    x = inputs.x.clone().requires_grad_()
+    w = inputs.w.detach().requires_grad_()
+
+    def step() -> None:
+        loss(x, w).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            assert w.grad is not None
+            w.add_(w.grad, alpha=-LR)
+        w.grad = x.grad = None
+
+    return step
+
+
+def torch_loss(inputs: Inputs) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss as a user of torch writes it."""
+    if inputs.case.loss == "ce":
+        return lambda x, w: F.cross_entropy(F.linear(x, w), inputs.labels)
+    y = inputs.dense()
+    factor = float(inputs.case.outputs)
+    return lambda x, w: F.binary_cross_entropy_with_logits(F.linear(x, w), y) * factor
+
+
+def hand_loop(inputs: Inputs) -> Step:
+    """The chunk loop a careful user writes: fused SGD, rounding to nearest, eager element-wise."""
+    x, w, case = inputs.x, inputs.w, inputs.case
+    size = case.chunk
+    starts = range(0, case.outputs, size)
+    rows = torch.arange(case.rows).unsqueeze(1).expand(-1, case.positives)
+
+    def step() -> None:
+        dx, lse = torch.zeros(x.shape, dtype=torch.float32), torch.empty(0)
+        if case.loss == "ce":
+            lse = torch.full((case.rows,), -torch.inf)
+            for s in starts:
+                z = torch.mm(x, w[s : s + size].t()).float()
+                lse = torch.logaddexp(lse, z.logsumexp(1))
+        for s in starts:
+            w_c = w[s : s + size]
+            z = torch.mm(x, w_c.t())
+            if case.loss == "ce":
+                g = (z.float() - lse[:, None]).exp_()
+                here = (inputs.labels >= s) & (inputs.labels < s + size)
+                g[here, inputs.labels[here] - s] -= 1
+            else:
+                g = z.float().sigmoid_()
+                here = (inputs.labels >= s) & (inputs.labels < s + size)
+                g[rows[here], inputs.labels[here] - s] -= 1
+            g = g.mul_(1 / case.rows).to(x.dtype)
+            dx += torch.mm(g, w_c)
+            w_c.addmm_(g.t(), x, alpha=-LR)
+
+    return step
+
+
+def contenders(inputs: Inputs) -> dict[str, Callable[[], Step]]:
+    """Builders by name. The floor is tried at several chunk sizes; the fastest counts."""
+    case = inputs.case
+    builders: dict[str, Callable[[], Step]] = {
+        f"floor, chunk {chunk}": lambda c=chunk: floor(inputs, c)  # type: ignore[misc]
+        for chunk in sorted({1024, case.chunk, 4096})
+    }
+    value = "none" if case.loss == "bce" else "exact"
+    if case.dtype != "float32":
+        builders["elmo fused, stochastic"] = lambda: ours(inputs, "stochastic", value)
+    builders["elmo fused, nearest"] = lambda: ours(inputs, "nearest", value)
+    rounding = "nearest" if case.dtype == "float32" else "stochastic"
+    if case.loss == "bce":
+        builders["elmo fused, value deferred"] = lambda: ours(inputs, rounding, "deferred")
+        builders["elmo fused, value exact"] = lambda: ours(inputs, rounding, "exact")
+    deferred = "deferred" if case.loss == "bce" else "exact"
+    builders["elmo, through torch.compile"] = lambda: through_backend(inputs, deferred)
+    if case.dtype == "fp8":  # torch has no fp8 products and cannot add to fp8 weights
+        return builders
+    builders["elmo chunked, real gradient"] = lambda: unfused(inputs)
+    builders["hand-written chunk loop"] = lambda: hand_loop(inputs)
+    builders["eager"] = lambda: torch_step(inputs, torch_loss(inputs))
+    builders["torch.compile"] = lambda: torch_step(
+        inputs, torch.compile(torch_loss(inputs), dynamic=False)
+    )
+    if case.loss == "ce" and hasattr(F, "linear_cross_entropy"):
+        builders["F.linear_cross_entropy"] = lambda: torch_step(
+            inputs, lambda x, w: F.linear_cross_entropy(x, w, inputs.labels)
+        )
+    return builders
+
+
+def measure(case: Case, rounds: int, only: str | None, memory: bool) -> list[dict[str, Any]]:
+    """One row a contender: CPU and wall seconds of each round, ratio to the floor, memory."""
+    inputs = Inputs(case)
+    steps = {
+        name: build()
+        for name, build in contenders(inputs).items()
+        if only is None or name.startswith("floor") or only in name
+    }
+    cpu: dict[str, list[float]] = {name: [] for name in steps}
+    wall: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            cpu_start, wall_start = time.process_time(), time.perf_counter()
+            step()
+            cpu[name].append(time.process_time() - cpu_start)
+            wall[name].append(time.perf_counter() - wall_start)
+    del steps
+    median = {name: statistics.median(times) for name, times in cpu.items()}
+    least = min(median[name] for name in median if name.startswith("floor"))
+    weights = case.outputs * case.features
+    return [
+        {
+            **dataclasses.asdict(case),
+            "contender": name,
+            "cpu_seconds": cpu[name],
+            "wall_seconds": wall[name],
+            "ratio": median[name] / least,
+            "cpu_ns_per_weight": median[name] / weights * 1e9,
+            "memory_mib": memory_of(case, name) if memory else None,
+        }
+        for name in cpu
+    ]
+
+
+def memory_of(case: Case, name: str) -> float | None:
+    """MiB by which one step raises the peak of resident memory, in a fresh process."""
+    command = [sys.executable, __file__, "--one", json.dumps([dataclasses.asdict(case), name])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def run_one(spec: str) -> None:
+    """In the fresh process: warm up (and compile), give freed memory back, then step once."""
+    fields, name = json.loads(spec)
+    step = contenders(Inputs(Case(**fields)))[name]()
+    step()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+    step()
+    print((_status("VmHWM") - before) / 1024)
+
+
+def _status(field: str) -> int:
+    """KiB of a field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on besides the code."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(),
+        "commit": git("rev-parse", "HEAD"),
+        "modified": bool(git("status", "--porcelain", "elmo_compile", "benchmarks/head_step.py")),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line a contender of each case."""
+    lines = [
+        "| case | contender | ratio to floor | CPU-ns per weight | memory MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        case = Case(**{f.name: row[f.name] for f in dataclasses.fields(Case)})
+        memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
+        lines.append(
+            f"| {case} | {row['contender']} | {row['ratio']:.2f} "
+            f"| {row['cpu_ns_per_weight']:.2f} | {memory} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the ratio to the floor, one panel a case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    by_case: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if not row["contender"].startswith("floor"):
+            title = f"{row['loss']} {row['dtype']} L={row['outputs']}"
+            by_case.setdefault(title, []).append(row)
+    height = 0.32 * sum(len(group) + 2 for group in by_case.values())
+    sizes = [len(group) for group in by_case.values()]
+    figure, axes = plt.subplots(
+        len(by_case), 1, figsize=(8, height), sharex=True, squeeze=False, height_ratios=sizes
+    )
+    for axis, (title, group) in zip(axes[:, 0], by_case.items()):
+        colors = ["tab:blue" if "elmo" in row["contender"] else "tab:gray" for row in group]
+        names, ratios = [row["contender"] for row in group], [row["ratio"] for row in group]
+        axis.barh(names, ratios, color=colors)
+        axis.axvline(1.0, color="black", linewidth=1)
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.invert_yaxis()
+    axes[-1, 0].set_xlabel("CPU-seconds of a head step / three bare products")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Parse the command line, measure, write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="smaller heads")
+    parser.add_argument("--cases", default="", help="only cases whose text contains this")
+    parser.add_argument("--only", help="only contenders whose name contains this, and the floor")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--no-memory", action="store_true", help="skip the memory processes")
+    parser.add_argument("--json", type=Path, help="raw rows; a table .md and a plot .png beside it")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.one:
+        run_one(args.one)
+        return
+    rows: list[dict[str, Any]] = []
+    for case in QUICK if args.quick else FULL:
+        if args.cases in str(case):
+            measured = measure(case, args.rounds, args.only, not args.no_memory)
+            print(table(measured), flush=True)
+            rows += measured
+            gc.collect()
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        report = {"environment": environment(), "rows": rows}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        args.json.with_suffix(".md").write_text(table(rows) + "\n")
+        plot(rows, args.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
