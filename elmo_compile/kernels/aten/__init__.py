@@ -45,10 +45,15 @@ topk = _plain_mode(_topk)
 def forward(p: HeadProblem) -> Forward:
     """Loss of each row, and its log-sum-exp for cross entropy: one product."""
     head = Head(p)
-    rows = SoftmaxRows(head) if head.loss.is_ce else BinaryRows(head)
+    if head.loss.is_ce:
+        softmax = SoftmaxRows(head)
+        for start, stop, z_NC in head.row_chunks():
+            softmax.add(z_NC, start, stop)
+        return softmax.result()
+    binary = BinaryRows(head)
     for start, stop, _, z_CN in head.chunks():
-        rows.add(z_CN, start, stop)
-    return rows.result()
+        binary.add(z_CN, start, stop)
+    return binary.result()
 
 
 @_plain_mode
@@ -102,11 +107,12 @@ def backward_update(
     db = BiasGradient(head, scale_N) if need_db else None
     scores = TargetScores(head) if need_value and head.loss.is_ce else None
     values = BinaryRows(head) if need_value and not head.loss.is_ce else None
+    shared = values.rows_N if values is not None and head.loss.dense is None else None
     for start, stop, w_CD, z_CN in head.chunks():
         for rows in (scores, values):
-            if rows is not None:
+            if rows is not None and shared is None:
                 rows.add(z_CN, start, stop)
-        g_CN = head.loss.gradient_(z_CN, start, stop, stats)
+        g_CN = head.loss.gradient_(z_CN, start, stop, stats, shared)
         if dx is not None:
             dx.add(g_CN, w_CD)
         if db is not None:

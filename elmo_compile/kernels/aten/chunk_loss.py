@@ -71,8 +71,10 @@ class ChunkLoss:
             parts = piece(pieces.bce_rows, self.fast, lanes=self.lanes)(self.words(z_CN), bias)
         return self.join(parts).double()
 
-    def target_logits(self, z_CN: Tensor, start: int, stop: int) -> _Picked | None:
-        """The logits, bias included, at the targets of a chunk."""
+    def target_logits(
+        self, z: Tensor, start: int, stop: int, by_rows: bool = False
+    ) -> _Picked | None:
+        """The logits, bias included, at the targets of a chunk: z [C, N], or [N, C] by rows."""
         if self.positives is None:
             return None
         first, last = self._bounds[start // self.p.chunk], self._bounds[start // self.p.chunk + 1]
@@ -80,20 +82,34 @@ class ChunkLoss:
             return None
         rows_M, cols_M, values_M = self.positives
         rows_M, cols_M = rows_M[first:last], cols_M[first:last] - start
-        flat_M = cols_M * self.rows + rows_M
-        z_M = z_CN.view(-1)[flat_M].to(self.work)
+        flat_M = rows_M * z.shape[1] + cols_M if by_rows else cols_M * z.shape[1] + rows_M
+        z_M = z.view(-1)[flat_M].to(self.work)
         bias = self.bias(start, stop)
         if bias is not None:
             z_M = z_M + bias.squeeze(1)[cols_M]
         return _Picked(rows_M, flat_M, z_M, None if values_M is None else values_M[first:last])
 
     def gradient_(
-        self, z_CN: Tensor, start: int, stop: int, stats: tuple[Tensor, Tensor | None] | None
+        self,
+        z_CN: Tensor,
+        start: int,
+        stop: int,
+        stats: tuple[Tensor, Tensor | None] | None,
+        rows_N: Tensor | None = None,
     ) -> Tensor:
-        """z_CN <- dloss/dz, unscaled, rounded to z's dtype."""
+        """z_CN <- dloss/dz, unscaled, rounded to z's dtype.
+
+        With `rows_N` (float64, BCE with sparse targets), the chunk's share of each row's loss is
+        added to it in the same pass.
+        """
         picked = self.target_logits(z_CN, start, stop)
         bias, y_CN = self.bias(start, stop), self.dense_of(start, stop)
-        if stats is None and y_CN is None:
+        if rows_N is not None:
+            run = piece(pieces.bce_rows_gradient_, self.fast, lanes=self.lanes)
+            rows_N += self.join(run(self.words(z_CN), bias)).double()
+            if picked is not None:
+                picked.add_values_(rows_N)
+        elif stats is None and y_CN is None:
             piece(pieces.bce_gradient_, self.fast, lanes=self.lanes)(self.words(z_CN), bias)
         elif stats is None:
             piece(pieces.bce_dense_gradient_, self.fast)(z_CN, bias, y_CN)

@@ -21,6 +21,13 @@ from torch import Tensor
 SMALL = 1 << 20
 """Below this many logits a problem runs eagerly: compiling takes seconds, once."""
 
+_INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {
+    # One kernel a piece: by default a long chain of integer operations is cut into several, with
+    # buffers between them (the fp8 update: 0.70 of a product instead of 1.0).
+    "realize_opcount_threshold": 1 << 20,
+    "realize_reads_threshold": 1 << 20,
+    "realize_acc_reads_threshold": 1 << 20,
+}
 _lock = threading.RLock()
 _cache: dict[Any, Callable[..., Any]] = {}
 _failure: str | None = None
@@ -73,7 +80,9 @@ def _compile(
         eager = functools.partial(fn, **flags)
         if _failure is None:
             try:
-                run = torch.compile(_own_code(fn, flags), dynamic=True, fullgraph=True)
+                run = torch.compile(
+                    _own_code(fn, flags), dynamic=True, fullgraph=True, options=_INDUCTOR
+                )
                 run(*_copies(args))
                 _cache[key] = run
                 return run

@@ -58,6 +58,15 @@ class Head:
             z_CN = torch.mm(w_CD, self.x_ND.t(), out=self._logits[: stop - start])
             yield start, stop, w_CD, z_CN
 
+    def row_chunks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, logits [N, C] without bias) of each chunk."""
+        x_ND, flat = self.x_ND[: self.num_rows], self._logits.view(-1)
+        for start in range(0, self.num_outputs, self.chunk):
+            stop = min(start + self.chunk, self.num_outputs)
+            size = stop - start
+            z_NC = flat[: self.num_rows * size].view(self.num_rows, size)
+            yield start, stop, torch.mm(x_ND, self.weight.load(start, stop).t(), out=z_NC)
+
     def scaled_features(self, scale_N: Tensor) -> tuple[Tensor, float]:
         """`(x scale / s, s)` with `s = max |scale|` (1 where all are 0)."""
         scale_N = scale_N.detach().to(self.work)

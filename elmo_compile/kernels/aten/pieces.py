@@ -1,8 +1,9 @@
 """The element-wise parts of a head step, as functions that run eagerly and compiled alike.
 
 Logits are held transposed, z [C, N] for a chunk of C outputs, because the product w_c x^T is the
-fastest of the layouts (benchmarks/NOTES.md). A bf16 chunk comes as `lanes`: int32 [C, N/2], rows n
-and n + 1 of the batch in one word; then whatever has one entry a row comes as a pair of tensors.
+fastest of the layouts (benchmarks/NOTES.md); only the log-sum-exp has them as z [N, C]. A bf16
+chunk comes as `lanes`: int32 [C, N/2], rows n and n + 1 of the batch in one word; then whatever has
+one entry a row comes as a pair of tensors.
 `parts` below are the one or two tensors that stand for z. Arithmetic is float32, float64 for
 float64. Shapes: C outputs of a chunk, N rows.
 """
@@ -19,6 +20,18 @@ from elmo_compile.numerics import losses
 def bce_gradient_(z: Tensor, bias_C1: Tensor | None, *, lanes: bool) -> None:
     """z <- sigmoid(z + bias), the gradient of a negative; positives are patched afterwards."""
     _store(z, [torch.sigmoid(v) for v in _load(z, bias_C1, lanes)], lanes)
+
+
+def bce_rows_gradient_(z: Tensor, bias_C1: Tensor | None, *, lanes: bool) -> tuple[Tensor, ...]:
+    """`bce_rows`, and z <- sigmoid(z + bias): value and gradient share one exponential."""
+    gradients, rows = [], []
+    for v in _load(z, bias_C1, lanes):
+        e = torch.exp(-v.abs())
+        inverse = 1.0 / (1.0 + e)
+        gradients.append(torch.where(v >= 0, inverse, e * inverse))
+        rows.append((v.clamp_min(0) + losses.log1p_of_unit(e)).sum(0))
+    _store(z, gradients, lanes)
+    return tuple(rows)
 
 
 def bce_dense_gradient_(z: Tensor, bias_C1: Tensor | None, y_CN: Tensor) -> None:
@@ -57,24 +70,23 @@ def bce_dense_rows(z: Tensor, bias_C1: Tensor | None, y_CN: Tensor) -> tuple[Ten
     return (losses.bce_value(v, y_CN.to(v.dtype)).sum(0),)
 
 
-def dense_dot_rows(z: Tensor, bias_C1: Tensor | None, y_CN: Tensor) -> tuple[Tensor, ...]:
-    """`sum_c y z` of each row."""
-    (v,) = _load(z, bias_C1, False)
-    return ((y_CN.to(v.dtype) * v).sum(0),)
+def row_exponentials(
+    z_NC: Tensor, bias: Tensor | None, bias_odd: Tensor | None, *, lanes: bool
+) -> tuple[Tensor, Tensor]:
+    """Largest logit `top` of each row and `sum_c e^(z - top)`; 0 for top in a row of -inf alone.
 
-
-def row_maxima(z: Tensor, bias_C1: Tensor | None, *, lanes: bool) -> tuple[Tensor, ...]:
-    """The largest logit of each row."""
-    return tuple(v.amax(0) for v in _load(z, bias_C1, lanes))
-
-
-def row_exp_sums(
-    z: Tensor, bias_C1: Tensor | None, top: Tensor, top_odd: Tensor | None, *, lanes: bool
-) -> tuple[Tensor, ...]:
-    """`sum_c e^(z - top)` of each row."""
-    parts = _load(z, bias_C1, lanes)
-    tops = (top,) if top_odd is None else (top, top_odd)
-    return tuple(torch.exp(v - t).sum(0) for v, t in zip(parts, tops))
+    Logits lie along rows here, so that both passes over a row stay in the first-level cache.
+    """
+    parts = _load(z_NC, None, lanes)
+    if bias is not None:
+        biases = (bias,) if bias_odd is None else (bias, bias_odd)
+        parts = tuple(v + b for v, b in zip(parts, biases))
+    top_N = parts[0].amax(1)
+    if len(parts) == 2:
+        top_N = torch.maximum(top_N, parts[1].amax(1))
+    top_N = torch.where(top_N == -torch.inf, 0.0, top_N)
+    sums = [torch.exp(v - top_N.unsqueeze(1)).sum(1) for v in parts]
+    return top_N, sums[0] if len(sums) == 1 else sums[0] + sums[1]
 
 
 def weighted_sums(

@@ -1,7 +1,7 @@
 """Row losses and row statistics, streamed over chunks of logits.
 
-Sums are in arithmetic precision within a chunk and in float64 across chunks. Shapes: N rows, C
-outputs of a chunk.
+Sums are in arithmetic precision within a chunk and in float64 across chunks. Each class takes
+chunks of logits with `add`. Shapes: N rows, C outputs of a chunk.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 from elmo_compile.kernels.aten import pieces
 from elmo_compile.kernels.aten.compiled import piece
 from elmo_compile.kernels.aten.head import Head
+from elmo_compile.kernels.aten.lanes import as_words
 from elmo_compile.kernels.problem import Forward
 
 
@@ -20,46 +21,48 @@ class BinaryRows:
 
     def __init__(self, head: Head) -> None:
         self._loss, self._work = head.loss, head.work
-        self._rows_N = torch.zeros(head.num_rows, dtype=torch.float64)
+        self.rows_N = torch.zeros(head.num_rows, dtype=torch.float64)
 
     def add(self, z_CN: Tensor, start: int, stop: int) -> None:
         """Add a chunk's logits."""
-        self._rows_N += self._loss.negatives(z_CN, start, stop)
+        self.rows_N += self._loss.negatives(z_CN, start, stop)
         picked = self._loss.target_logits(z_CN, start, stop)
         if picked is not None:
-            picked.add_values_(self._rows_N)
+            picked.add_values_(self.rows_N)
 
     def result(self) -> Forward:
         """Row losses, and no statistics."""
-        return Forward(self._rows_N.to(self._work), torch.empty(0))
+        return Forward(self.rows_N.to(self._work), torch.empty(0))
 
 
 class TargetScores:
-    """`sum_l y_nl z_nl` of each row for cross entropy: the logit of its class, or a dense dot."""
+    """Logits at the classes, for the value of cross entropy; with dense targets `sum_l y z`."""
 
     def __init__(self, head: Head) -> None:
         self._head, self._loss = head, head.loss
-        self.score_N = torch.zeros(head.num_rows, dtype=torch.float64)
+        self._score_N = torch.zeros(head.num_rows, dtype=torch.float64)
 
-    def add(self, z_CN: Tensor, start: int, stop: int) -> None:
-        """Add a chunk's logits."""
+    def add(self, z: Tensor, start: int, stop: int, by_rows: bool = False) -> None:
+        """Add a chunk's logits [C, N], or [N, C] by rows."""
         y_CN = self._loss.dense_of(start, stop)
         if y_CN is not None:
-            run = piece(pieces.dense_dot_rows, self._loss.fast)
-            self.score_N += run(z_CN, self._loss.bias(start, stop), y_CN)[0].double()
+            z_CN, bias = z.t() if by_rows else z, self._loss.bias(start, stop)
+            z_CN = z_CN.to(self._head.work)
+            z_CN = z_CN if bias is None else z_CN + bias
+            self._score_N += (y_CN * z_CN).sum(0, dtype=torch.float64)
             return
-        picked = self._loss.target_logits(z_CN, start, stop)
+        picked = self._loss.target_logits(z, start, stop, by_rows)
         if picked is not None:
-            self.score_N[picked.rows_M] = picked.z_M.double()
+            self._score_N[picked.rows_M] = picked.z_M.double()
 
     def losses(self, lse_N: Tensor) -> Tensor:
         """Row losses `(sum y) lse - sum y z`, 0 where ignored."""
         p, lse_N = self._head.p, lse_N.double()
         if self._loss.total_N is not None:
-            rows_N = self._loss.total_N * lse_N - self.score_N
+            rows_N = self._loss.total_N * lse_N - self._score_N
         else:
             assert isinstance(p.target, Tensor)
-            rows_N = torch.where(p.target == p.loss.ignore_index, 0.0, lse_N - self.score_N)
+            rows_N = torch.where(p.target == p.loss.ignore_index, 0.0, lse_N - self._score_N)
         return rows_N.to(self._head.work)
 
 
@@ -68,25 +71,30 @@ class SoftmaxRows:
 
     def __init__(self, head: Head) -> None:
         self._head, self._loss = head, head.loss
-        self._top_N = torch.full((head.num_rows,), -torch.inf, dtype=head.work)
+        self._top_N = torch.full((head.num_rows,), -torch.inf, dtype=torch.float64)
         self._sum_N = torch.zeros(head.num_rows, dtype=torch.float64)
         self._scores = TargetScores(head)
 
-    def add(self, z_CN: Tensor, start: int, stop: int) -> None:
+    def add(self, z_NC: Tensor, start: int, stop: int) -> None:
         """Add a chunk's logits."""
-        loss, bias = self._loss, self._loss.bias(start, stop)
-        words = loss.words(z_CN)
-        maxima = piece(pieces.row_maxima, loss.fast, lanes=loss.lanes)(words, bias)
-        top_N = torch.maximum(self._top_N, loss.join(maxima))
-        # A row of -inf alone keeps its maximum out of the exponents.
-        safe_N = torch.where(top_N == -torch.inf, 0.0, top_N)
-        run = piece(pieces.row_exp_sums, loss.fast, lanes=loss.lanes)
-        sums_N = loss.join(run(words, bias, *loss.split(safe_N, 0.0))).double()
-        self._sum_N = self._sum_N * torch.exp((self._top_N - safe_N).double()) + sums_N
-        self._top_N = top_N
-        self._scores.add(z_CN, start, stop)
+        # Words of two logits need an even number of columns; an odd last chunk runs eagerly.
+        lanes = self._loss.lanes and z_NC.shape[1] % 2 == 0
+        even, odd = self._loss.bias_L1, None
+        if even is not None:
+            bias_C = even[start:stop, 0]
+            even, odd = (bias_C[0::2], bias_C[1::2]) if lanes else (bias_C, None)
+        fast = self._loss.fast and (lanes or not self._loss.lanes)
+        run = piece(pieces.row_exponentials, fast, lanes=lanes)
+        top_N, sum_N = run(as_words(z_NC) if lanes else z_NC, even, odd)
+        top_N, sum_N = top_N.double(), sum_N.double()
+        together_N = torch.maximum(self._top_N, top_N)
+        self._sum_N = self._sum_N * torch.exp(self._top_N - together_N) + sum_N * torch.exp(
+            top_N - together_N
+        )
+        self._top_N = together_N
+        self._scores.add(z_NC, start, stop, by_rows=True)
 
     def result(self) -> Forward:
         """Row losses and log-sum-exp."""
-        lse_N = self._top_N.double() + self._sum_N.log()
+        lse_N = self._top_N + self._sum_N.log()
         return Forward(self._scores.losses(lse_N), lse_N.to(self._head.work))
