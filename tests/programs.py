@@ -15,6 +15,9 @@ from elmo_compile.testing.budget import assert_within_budget
 N, D, L = 6, 16, 203
 OPTIONS = {"lower": "eager", "min_outputs": 64, "chunk_size": 77}
 """Small, and a chunk that does not divide L."""
+ROW_STATISTICS_ULPS = 4.0
+"""Cross entropy's backward has a row's log-sum-exp in float32, so a row of gradients is off by up to
+half an ulp of it, relative; torch subtracts the row's maximum first and keeps one or two ulps more."""
 
 
 class Outcome(NamedTuple):
@@ -124,7 +127,8 @@ def assert_near(
             assert mine.dtype == theirs.dtype, what
             exact = truth.grads[position]
             assert exact is not None
-            assert_within_budget(mine, exact, theirs.to(precision or theirs.dtype), what=what)
+            same = theirs.to(precision or theirs.dtype)
+            assert_within_budget(mine, exact, same, what=what, ulps=ROW_STATISTICS_ULPS)
 
 
 def assert_identical(ours: Outcome, eager: Outcome) -> None:

@@ -10,11 +10,11 @@ FACTOR = 2.0
 
 
 def assert_within_budget(
-    actual: Tensor, exact_f64: Tensor, same_precision: Tensor, *, what: str
+    actual: Tensor, exact_f64: Tensor, same_precision: Tensor, *, what: str, ulps: float = 1.0
 ) -> None:
     """Check that `actual` is about as near to the truth as torch is at the same precision.
 
-    `max |actual - exact| <= 2 max |same - exact| + ulp` and the same for root mean squares, with
+    `max |actual - exact| <= 2 max |same - exact| + ulps ulp` and the same for root mean squares, with
     the ulp of `same_precision`'s dtype at the largest (the mean square) exact value. Element by
     element would be too strict: torch may be exact by luck.
 
@@ -23,6 +23,7 @@ def assert_within_budget(
         exact_f64: the same quantity computed in float64.
         same_precision: the same formula in plain torch, at the precision meant.
         what: names the quantity in the message.
+        ulps: how many ulps are allowed on top.
 
     Raises:
         AssertionError: shapes differ, a value is not finite where the exact one is, or the error is
@@ -41,7 +42,7 @@ def assert_within_budget(
         raise AssertionError(f"{what}: {int((~error.isfinite()).sum())} values are not finite")
     eps = torch.finfo(same_precision.dtype).eps
     for name, norm in (("largest", _largest), ("root mean square", _root_mean_square)):
-        budget = FACTOR * norm(allowed) + eps * norm(exact)
+        budget = FACTOR * norm(allowed) + ulps * eps * norm(exact)
         if norm(error) > budget:
             worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
             raise AssertionError(
