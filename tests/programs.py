@@ -15,9 +15,10 @@ from elmo_compile.testing.budget import assert_within_budget
 N, D, L = 6, 16, 203
 OPTIONS = {"lower": "eager", "min_outputs": 64, "chunk_size": 77}
 """Small, and a chunk that does not divide L."""
-ROW_STATISTICS_ULPS = 4.0
-"""Cross entropy's backward has a row's log-sum-exp in float32, so a row of gradients is off by up to
-half an ulp of it, relative; torch subtracts the row's maximum first and keeps one or two ulps more."""
+ROW_STATISTICS_ULPS = 16.0
+"""Cross entropy's backward has a row's log-sum-exp in float32: gradients of a row are off by up to
+an ulp of it, which for logits of 8 to 16 is 16 ulps of 1. torch subtracts the row's maximum first.
+"""
 
 
 class Outcome(NamedTuple):

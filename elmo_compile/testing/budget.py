@@ -14,7 +14,7 @@ def assert_within_budget(
 ) -> None:
     """Check that `actual` is about as near to the truth as torch is at the same precision.
 
-    `max |actual - exact| <= 2 max |same - exact| + ulps ulp` and the same for root mean squares, with
+    `max |actual - exact| <= 2 max |same - exact| + ulps ulp`, likewise for root mean squares, with
     the ulp of `same_precision`'s dtype at the largest (the mean square) exact value. Element by
     element would be too strict: torch may be exact by luck.
 
