@@ -185,3 +185,20 @@ def test_confident_bf16_gradient_does_not_cancel() -> None:
         dw = aten.backward(p, aten.forward(p).stats_N, torch.ones(4)).dw_LD
         at = (torch.arange(4), torch.arange(4))
         torch.testing.assert_close(dw[at].double(), dw64[at], rtol=0.01, atol=0)
+
+
+def test_outputs_masked_by_an_infinite_bias() -> None:
+    """Whole chunks of -inf, before and after finite logits far below zero."""
+    p = problem("ce", chunk=10)
+    bias_L = torch.full((53,), -torch.inf)
+    bias_L[25:35] = -2000.0
+    target = torch.tensor([25, 26, 27, -100, 33, 34, 30])
+    p = replaced(p, b_L=bias_L, target=target)
+    rows_N, stats_N = aten.forward(p)
+    expected = reference.forward(exact(p))
+    torch.testing.assert_close(stats_N.double(), expected.stats_N, rtol=1e-6, atol=0)
+    z_NL = p.x_ND @ p.w_LD.t() + bias_L
+    torch_rows = torch.nn.functional.cross_entropy(z_NL, target, reduction="none")
+    torch.testing.assert_close(rows_N, torch_rows, rtol=1e-4, atol=1e-3)
+    grads = aten.backward(p, stats_N, torch.ones(7))
+    assert all(bool(t.isfinite().all()) for t in grads)

@@ -87,10 +87,12 @@ class SoftmaxRows:
         run = piece(pieces.row_exponentials, fast, lanes=lanes)
         top_N, sum_N = run(as_words(z_NC) if lanes else z_NC, even, odd)
         top_N, sum_N = top_N.double(), sum_N.double()
+        # A maximum of -inf (masked outputs alone so far) keeps out of the exponents.
+        top_N = torch.where(sum_N == 0, -torch.inf, top_N)
         together_N = torch.maximum(self._top_N, top_N)
-        self._sum_N = self._sum_N * torch.exp(self._top_N - together_N) + sum_N * torch.exp(
-            top_N - together_N
-        )
+        safe_N = torch.where(together_N == -torch.inf, 0.0, together_N)
+        self._sum_N = self._sum_N * torch.exp(self._top_N - safe_N)
+        self._sum_N += sum_N * torch.exp(top_N - safe_N)
         self._top_N = together_N
         self._scores.add(z_NC, start, stop, by_rows=True)
 
