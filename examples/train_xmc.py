@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     try:
         options = parse(argv, __doc__)
-        torch.set_num_threads(options.threads or torch.get_num_threads())
+        torch.set_num_threads(options.threads or 1)  # small products: more threads mostly wait
         (train if options.command == "train" else predict)(options, console)
     except (DataError, CheckpointError, ElmoError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)

@@ -56,7 +56,7 @@ def parsers(
     ask.add_argument("text", help="a description, as of a package: name, what it does")
     ask.add_argument("--checkpoint", type=Path, default=OUT, metavar="DIR", help="of a training")
     ask.add_argument("--top", type=positive, default=8, metavar="K", help="labels to print")
-    ask.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
+    ask.add_argument("--threads", type=positive, metavar="N", help="default: 1")
     return parser, train_parser
 
 
@@ -90,7 +90,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     add("--predictions", type=Path, metavar="FILE.npz", help=f"write {max(KS)} labels a test point")
     add("--limit", type=positive, metavar="N", help="use only the first N points of each part")
     add("--max-steps", type=positive, metavar="N", help="stop after N steps of this call")
-    add("--threads", type=positive, metavar="N", help="default: all cores")
+    add("--threads", type=positive, metavar="N", help="default: 1")
 
 
 def positive(text: str) -> int:
