@@ -92,7 +92,10 @@ def grow(
     inside: set[fx.Node] = {seed}
     for node in site.graph.nodes:
         if order[node] > order[seed] and node.op != "output":
-            reads = any(arg in inside and is_huge(arg, num_outputs) for arg in node.all_input_nodes)
+            reads = any(
+                arg in inside and (is_huge(arg, num_outputs) or _is_tuple(arg))
+                for arg in node.all_input_nodes
+            )
             if reads:
                 inside.add(node)
     modes = {grad[node] for node in _readers_of_values(seed, inside, order)}
@@ -102,6 +105,11 @@ def grow(
     tail = _tail(inside, order, grad)
     mode = None if len(modes) > 1 else modes.pop()
     return close(site, seed, inside | set(tail), tail, num_outputs, autocast, mode)
+
+
+def _is_tuple(node: fx.Node) -> bool:
+    """Whether a node's result is taken apart: `topk`, `max` over outputs."""
+    return isinstance(value_of(node), tuple | list)
 
 
 def close(

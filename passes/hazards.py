@@ -61,7 +61,14 @@ def _written_inputs(region: Region) -> NoMatch | None:
     }
     # Two inputs of a graph may share memory without the graph showing it.
     suspects = read | (graph_inputs if read & graph_inputs else set())
+    reordered = len(region.outputs) > 1
     for node in _between(region):
+        if reordered and any(True for _ in _written(node)):
+            return NoMatch(
+                Code.MUTATION, node,
+                "this writes in place between two results that are made from the logits",
+                "write before the head or after the loss, or out of place",
+            )  # fmt: skip
         for written in _written(node):
             if _storage(tensor_of(written)) in suspects:
                 return NoMatch(

@@ -18,9 +18,15 @@ from elmo_compile.passes.canonicalize import retrace
 from elmo_compile.passes.find import find_regions, without_tail
 from elmo_compile.passes.graphs import source_of
 from elmo_compile.passes.hazards import check_hazards
-from elmo_compile.passes.match import match_region
+from elmo_compile.passes.match import match_program, match_region
 from elmo_compile.passes.plan import plan_match
-from elmo_compile.passes.records import AtenRegion, HeadMatch, PlannedHead, Region
+from elmo_compile.passes.records import (
+    AtenRegion,
+    HeadMatch,
+    PlannedHead,
+    ProgramMatch,
+    Region,
+)
 from elmo_compile.report.records import Code, Refusal
 
 
@@ -41,8 +47,18 @@ def _retrace(item: Region, options: Options) -> AtenRegion | Refusal:
     return retrace(item)
 
 
-def _match(item: AtenRegion, options: Options) -> HeadMatch | Refusal:
-    return match_region(item)
+def _match(item: AtenRegion, options: Options) -> HeadMatch | ProgramMatch | Refusal:
+    """By a rule of its own, else as a program; a tail is left to the second attempt without it."""
+    known = match_region(item)
+    if isinstance(known, HeadMatch) or item.region.tail or known.code not in _PERHAPS_A_PROGRAM:
+        return known
+    return match_program(item)
+
+
+_PERHAPS_A_PROGRAM = frozenset(
+    {Code.UNKNOWN_LOSS, Code.UNSUPPORTED_ARGUMENT, Code.UNSUPPORTED_TARGET, Code.LOGITS_ESCAPE,
+     Code.UNSUPPORTED_SHAPE, Code.MUTATION}
+)  # fmt: skip
 
 
 PASSES: tuple[Callable[[Any, Options], Any], ...] = (

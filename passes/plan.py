@@ -17,11 +17,12 @@ import torch.fx as fx
 from elmo_compile.config import Options
 from elmo_compile.numerics.losses import CE
 from elmo_compile.passes.graphs import hint, hints, source_of, tensor_of
-from elmo_compile.passes.records import HeadMatch, PlannedHead, Region
+from elmo_compile.passes.records import HeadMatch, PlannedHead, ProgramMatch, Region
 from elmo_compile.planner import (
     HeadShape,
     Plan,
     PlanRefusal,
+    ProgramSize,
     default_compute_dtype,
     limits_for,
     plan,
@@ -33,7 +34,7 @@ WEIGHT_DTYPES = (
 )  # fmt: skip
 
 
-def plan_match(match: HeadMatch, options: Options) -> PlannedHead | Refusal:
+def plan_match(match: HeadMatch | ProgramMatch, options: Options) -> PlannedHead | Refusal:
     """Everything about one head that does not depend on the call."""
     weight = tensor_of(match.weight_origin)
     x = tensor_of(match.x)
@@ -52,7 +53,9 @@ def plan_match(match: HeadMatch, options: Options) -> PlannedHead | Refusal:
         plans.append(found)
     carried = match.region.seed.target is torch.ops.elmo.lowp_linear.default
     placeholder = match.weight_placeholder
-    loss_output = returned_at(match.output) if not match.region.site.path else None
+    loss_output = None
+    if isinstance(match, HeadMatch) and not match.region.site.path:
+        loss_output = returned_at(match.output)
     deferred, notes = _value(match, options, loss_output)
     return PlannedHead(
         match=match,
@@ -77,11 +80,16 @@ def compute_dtype(stored: torch.dtype, program: torch.dtype, device: str) -> tor
     return torch.float32 if chosen == torch.float16 and kind == "cpu" else chosen
 
 
-def why_unfusable(match: HeadMatch, weight: torch.Tensor, compute: torch.dtype) -> str:
+def why_unfusable(match: HeadMatch | ProgramMatch, weight: torch.Tensor, compute: torch.dtype) -> str:
     """The graph's own reason against a fused update, or an empty string."""
     region = match.region
     if not region.grad_enabled:
         return "gradients are off"
+    if isinstance(match, ProgramMatch):
+        if len(match.xs) > 1:
+            return "the loss is made from the logits of two heads"
+        if match.program.backward is None:
+            return "no gradient passes what is computed from the logits"
     if match.weight_placeholder is None:
         return "the weight is computed in the graph"
     if not weight.requires_grad:
@@ -139,9 +147,9 @@ def unmatched_lowp(module: fx.GraphModule, taken: Iterable[fx.Node]) -> list[fx.
 
 
 def _value(
-    match: HeadMatch, options: Options, loss_output: int | None
+    match: HeadMatch | ProgramMatch, options: Options, loss_output: int | None
 ) -> tuple[bool, tuple[str, ...]]:
-    if options.loss_value != "deferred" or match.loss.name == CE:
+    if options.loss_value != "deferred" or match.loss.name == CE or isinstance(match, ProgramMatch):
         return False, ()
     if loss_output is None:
         why = "loss_value='deferred' was refused: the loss is not returned as it is"
@@ -150,22 +158,34 @@ def _value(
 
 
 def _shape(
-    match: HeadMatch,
+    match: HeadMatch | ProgramMatch,
     weight: torch.Tensor,
     x: torch.Tensor,
     compute: torch.dtype,
     options: Options,
     fused: bool,
 ) -> HeadShape:
-    target = tensor_of(match.target)
-    assert target is not None
     L, D = hints(weight.shape)
     rows, numbers = _size(match.rows, "n")
     positives: Any = 0
-    if match.loss.targets not in ("classes", "dense"):
-        positives, more = _size(target.numel(), "m")
-        numbers |= more
-    dense = match.target_built or (target.dtype if match.loss.targets == "dense" else torch.float32)
+    dense: torch.dtype | None = torch.float32
+    program: ProgramSize | None = None
+    if isinstance(match, ProgramMatch):
+        backward = match.program.backward
+        program = ProgramSize(
+            forward=match.program.forward.products,
+            backward=0 if backward is None else backward.products,
+            live=match.program.live,
+        )
+    else:
+        target = tensor_of(match.target)
+        assert target is not None
+        if match.loss.targets not in ("classes", "dense"):
+            positives, more = _size(target.numel(), "m")
+            numbers |= more
+        dense = match.target_built
+        if dense is None:
+            dense = target.dtype if match.loss.targets == "dense" else torch.float32
     return HeadShape(
         rows=rows,
         features=D,
@@ -184,6 +204,7 @@ def _shape(
         device="cuda" if weight.device.type == "cuda" else "cpu",
         loss_value=options.loss_value,
         hints=numbers,
+        program=program,
     )
 
 
@@ -201,7 +222,7 @@ def _limits(device: str) -> Any:
     return limits_for("cpu")
 
 
-def _check(match: HeadMatch, weight: torch.Tensor) -> Refusal | None:
+def _check(match: HeadMatch | ProgramMatch, weight: torch.Tensor) -> Refusal | None:
     if weight.dtype not in WEIGHT_DTYPES:
         return _refuse(
             match, Code.UNSUPPORTED_DTYPE, f"a weight stored in {weight.dtype}",
@@ -214,6 +235,6 @@ def _check(match: HeadMatch, weight: torch.Tensor) -> Refusal | None:
     return None
 
 
-def _refuse(match: HeadMatch, code: Code, reason: str, remedy: str) -> Refusal:
+def _refuse(match: HeadMatch | ProgramMatch, code: Code, reason: str, remedy: str) -> Refusal:
     seed = match.region.seed
     return Refusal(code=code, node=seed.name, source=source_of(seed), reason=reason, remedy=remedy)

@@ -14,6 +14,7 @@ import torch.fx as fx
 from elmo_compile.numerics.losses import LossSpec
 from elmo_compile.passes.graphs import Site, ancestors, tensor_of
 from elmo_compile.planner import Plan
+from elmo_compile.programs.record import Program
 
 Autocast = tuple[tuple[Any, ...], ...]
 """Each autocast context around a node, outermost first: (device, dtype, enabled, cache)."""
@@ -127,10 +128,69 @@ class HeadMatch:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class ProgramMatch:
+    """A region understood as a program over the logits of one or more heads.
+
+    Nodes belong to the retraced graph, whose placeholders are the program's inputs.
+    """
+
+    aten: AtenRegion
+    program: Program
+    loss: LossSpec
+    """Its name; the rest says nothing of a program."""
+    xs: tuple[fx.Node, ...]
+    """Features of each product."""
+    weights: tuple[fx.Node, ...]
+    """Placeholders, [L, D] each."""
+    num_features: int
+    """Of the first product, as all of the following."""
+    compute_dtype: torch.dtype
+    logits_upcast: bool
+    rows: Any
+    """N: int or SymInt, as the trace knows it."""
+    bias: fx.Node | None
+
+    @property
+    def region(self) -> Region:
+        return self.aten.region
+
+    @property
+    def x(self) -> fx.Node:
+        """Features of the first product."""
+        return self.xs[0]
+
+    @property
+    def weight(self) -> fx.Node:
+        """Weight of the first product."""
+        return self.weights[0]
+
+    @property
+    def kept(self) -> set[fx.Node]:
+        """The nodes of the retraced graph that the rewrite still computes (no weight's)."""
+        return ancestors(*self.xs)
+
+    @property
+    def output(self) -> fx.Node:
+        """The first Dynamo node a result replaces."""
+        return self.region.outputs[0]
+
+    @property
+    def weight_origin(self) -> fx.Node:
+        """The Dynamo node of the weight, in the region's own graph."""
+        return self.aten.origin(self.weight)
+
+    @property
+    def weight_placeholder(self) -> fx.Node | None:
+        """The top-level placeholder of the weight, or None if the weight is computed."""
+        origin = self.weight_origin
+        return self.region.site.outer(origin) if origin.op == "placeholder" else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class PlannedHead:
     """A match with everything the rewrite needs decided, but for whether its update is fused."""
 
-    match: HeadMatch
+    match: HeadMatch | ProgramMatch
     plan: Plan
     fused_plan: Plan
     """The same head with its update fused."""

@@ -5,6 +5,14 @@ from __future__ import annotations
 
 def load() -> None:
     """Register every op of this package with torch."""
-    from elmo_compile.ops import fused, head_loss, linear, multi_hot
+    from elmo_compile.ops import (
+        cut,
+        fused,
+        fused_program,
+        head_loss,
+        head_program,
+        linear,
+        multi_hot,
+    )
 
-    del fused, head_loss, linear, multi_hot
+    del cut, fused, fused_program, head_loss, head_program, linear, multi_hot

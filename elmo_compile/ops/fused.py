@@ -142,7 +142,7 @@ def fused_head_loss_backward(
     factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
     scale_N = row_scale(grad, spec, target, factor, x.shape[0])
     family = kernels.select(x.device)
-    if not _weight_is_wanted(owner):
+    if not weight_is_wanted(owner):
         dx, _, db = family.backward(
             problem, stats, scale_N, need_dx=need_dx, need_dw=False, need_db=need_db
         )
@@ -185,7 +185,7 @@ def _(
     )
 
 
-def _weight_is_wanted(owner: Owner) -> bool:
+def weight_is_wanted(owner: Owner) -> bool:
     """Whether this backward would have put a gradient into the weight's `.grad`.
 
     False for `autograd.grad(loss, encoder)` and `backward(inputs=[...])` without the weight. Uses
@@ -207,14 +207,14 @@ _DEFERRED = (
 )
 
 
-def _check_finite(owner: Owner, x: Tensor, scale_N: Tensor, *, deferred: bool) -> None:
-    for what, tensor in (("features", x), ("upstream gradient", scale_N)):
-        if not bool(torch.isfinite(tensor).all()):
-            raise InputError(
-                f"the {what} of the head {owner.name} hold NaN or infinity; the update was not "
-                "applied, since a NaN stored in the weight would be permanent. Check the loss "
-                "scale, the learning rate and the encoder" + (_DEFERRED if deferred else "")
-            )
+def check_finite(owner: Owner, what: str, tensor: Tensor, *, deferred: bool = False) -> None:
+    """Raise InputError where an update would store NaN in a weight for good."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputError(
+            f"the {what} of the head {owner.name} hold NaN or infinity; the update was not "
+            "applied, since a NaN stored in the weight would be permanent. Check the loss "
+            "scale, the learning rate and the encoder" + (_DEFERRED if deferred else "")
+        )
 
 
 def _guard(
@@ -232,7 +232,8 @@ def _guard(
     """
     x, num_outputs = problem.x_ND, problem.w_LD.shape[0]
     if x.device.type == "cpu":
-        _check_finite(owner, x, scale_N, deferred=deferred)
+        for what, tensor in (("features", x), ("upstream gradient", scale_N)):
+            check_finite(owner, what, tensor, deferred=deferred)
         return {}
     finite = torch.isfinite(x).all() & torch.isfinite(scale_N).all()
     wrong = labels_out_of_range(problem.loss, target, target_aux, x.shape[0], num_outputs)

@@ -3,7 +3,7 @@
 from elmo_compile.planner.choose import Plan, PlanRefusal, plan
 from elmo_compile.planner.device import DeviceLimits, cpu_cache_bytes, limits_for
 from elmo_compile.planner.memory import HeadMemory, Term
-from elmo_compile.planner.shape import HeadShape, default_compute_dtype
+from elmo_compile.planner.shape import HeadShape, ProgramSize, default_compute_dtype
 from elmo_compile.planner.traffic import TrafficTable
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "HeadShape",
     "Plan",
     "PlanRefusal",
+    "ProgramSize",
     "Term",
     "TrafficTable",
     "cpu_cache_bytes",

@@ -107,6 +107,10 @@ def temporary_formulas(shape: HeadShape) -> list[tuple[str, Any]]:
     terms = _cuda_buffers(shape) if shape.device == "cuda" else _cpu_buffers(shape)
     if shape.positives != 0:
         terms.append(("sorted positives", 16 * M))
+    if shape.program is not None:
+        # Eagerly all that is alive; compiled, what leaves the kernel: a gradient in float32.
+        live = shape.program.live if shape.number(N * L) < EAGER_BELOW else 2
+        terms.append(("loss by a traced program, element-wise", 4 * live * N * C))
     return terms
 
 

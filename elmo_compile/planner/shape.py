@@ -25,6 +25,18 @@ N, D, L, C, M = sympy.symbols("N D L C M")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramSize:
+    """What a loss without kernels of its own costs."""
+
+    forward: int
+    """Logits' products in the forward: one a walk over the outputs."""
+    backward: int
+    """Logits' products in the backward, before those of the gradients."""
+    live: int
+    """Chunk-sized float32 values alive at once, where they are not fused by a compiler."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadShape:
     """One head and its loss, as sizes and choices; no graph and no tensors."""
 
@@ -56,6 +68,8 @@ class HeadShape:
     """Of the optimizer's momentum buffer; None without one."""
     device: DeviceKind = "cpu"
     loss_value: LossValue = "exact"
+    program: ProgramSize | None = None
+    """For a loss without kernels of its own."""
     hints: Mapping[Any, int] = dataclasses.field(default_factory=dict)
     """A number for each free symbol of the sizes: the sizes that were traced."""
 
@@ -77,6 +91,7 @@ class HeadShape:
             and self.fused_update
             and self.trains
             and self.loss.name == BCE
+            and self.program is None
         )
 
     @property

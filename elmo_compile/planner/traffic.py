@@ -34,16 +34,23 @@ def count_products(shape: HeadShape) -> int:
     the backward, the feature gradient and the weight gradient: 4 at most, 3 deferred, 1 without a
     backward.
     """
+    passes = _passes(shape)
     if not shape.trains:
-        return 1
-    passes = 1 if shape.value_in_backward else 2
+        return passes
     return passes + int(shape.features_trainable) + int(shape.weight_trainable)
+
+
+def _passes(shape: HeadShape) -> int:
+    """Times the logits are computed."""
+    if shape.program is not None:
+        return shape.program.forward + (shape.program.backward if shape.trains else 0)
+    return 2 if shape.trains and not shape.value_in_backward else 1
 
 
 def head_traffic(shape: HeadShape) -> TrafficTable:
     """The step's operations and bytes moved (a lower bound: features and targets not counted)."""
     weight = shape.weight_dtype.itemsize * L * D
-    passes = (1 if shape.value_in_backward else 2) if shape.trains else 1
+    passes = _passes(shape)
     read, written = passes * weight, sympy.Integer(0)
     if shape.weight_trainable and shape.fused_update:
         written = weight

@@ -19,13 +19,15 @@ from elmo_compile.errors import ElmoError
 from elmo_compile.passes.graphs import copy_module, is_checkpoint, sites, source_of, tensor_of
 from elmo_compile.passes.modes import grad_modes
 from elmo_compile.passes.plan import unmatched_lowp
-from elmo_compile.passes.records import ExtraInput, PlannedHead, Rewritten, RowOp
+from elmo_compile.passes.records import ExtraInput, PlannedHead, ProgramMatch, Rewritten, RowOp
 from elmo_compile.passes.rewrite.inputs import Inputs, remove_input
+from elmo_compile.passes.rewrite.programs import put_off, replace_program
 
 aten = torch.ops.aten
 
 _CARRIED = (
-    torch.ops.elmo.head_loss.default, torch.ops.elmo.lowp_linear.default, "detach", torch.detach,
+    torch.ops.elmo.head_loss.default, torch.ops.elmo.head_program.default,
+    torch.ops.elmo.lowp_linear.default, "detach", torch.detach,
 )  # fmt: skip
 """What may read a weight that enters detached."""
 
@@ -68,8 +70,17 @@ def _replace(
 ) -> None:
     match, region = head.match, head.match.region
     path = tuple(mapping[call] for call in region.site.path)
-    output = mapping[region.outputs[0]]
+    output = mapping[region.outputs[-1]]
     emit = _Emitter(head, mapping, output)
+    if isinstance(match, ProgramMatch):
+        outputs = [mapping[node] for node in region.outputs]
+        put_off(outputs, outputs[0], output)
+        with output.graph.inserting_before(output):
+            made = replace_program(head, fused, grad, emit, path, inputs)
+        for old, new in zip(outputs, made):
+            old.replace_all_uses_with(new)
+        _erase(head, fused, mapping, path)
+        return
     with output.graph.inserting_before(output):
         x = emit.row_ops(emit.node(match.x), match.row_ops)
         flat = emit.call(aten.reshape.default, x, [-1, match.num_features])
@@ -93,12 +104,18 @@ def _replace(
             op = torch.ops.elmo.head_loss.default
             pair = emit.call(op, flat, weight, bias, target, aux, carrier, *config)
         loss = emit.finish(emit.call(operator.getitem, pair, 0), x)
-    weight_node = mapping[match.weight_origin]
     output.replace_all_uses_with(loss)
-    for node in reversed(region.nodes):
+    _erase(head, fused, mapping, path)
+
+
+def _erase(
+    head: PlannedHead, fused: bool, mapping: dict[fx.Node, fx.Node], path: tuple[fx.Node, ...]
+) -> None:
+    """Remove a region that was replaced, and a fused weight's input."""
+    for node in reversed(head.match.region.nodes):
         mapping[node].graph.erase_node(mapping[node])
     if fused:
-        remove_input(weight_node, path)
+        remove_input(mapping[head.match.weight_origin], path)
 
 
 def _refuse_lost_gradients(new: fx.GraphModule, detached: set[int]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx as fx
 from torch import Tensor
 
 SMALL = 1 << 20
@@ -56,6 +57,23 @@ def piece(fn: Callable[..., Any], use_compiled: bool, **flags: Any) -> Callable[
         key = (fn, tuple(sorted(flags.items())), tuple(_kind(a) for a in args))
         run = _cache.get(key) or _compile(key, fn, flags, args)
         return run(*args)
+
+    return call
+
+
+def graph_piece(module: fx.GraphModule, use_compiled: bool) -> Callable[..., Any]:
+    """A graph as a piece: it returns a tuple of tensors. Compiled once for each kind of arguments."""
+    if not use_compiled:
+        return module
+    forward = type(module).forward
+
+    def call(*args: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if any(t.numel() == 0 for t in tensors):
+            return module(*args)
+        key = (module, tuple(_kind(a) for a in args))
+        run = _cache.get(key) or _compile(key, forward, {}, (module, *args))
+        return run(module, *args)
 
     return call
 

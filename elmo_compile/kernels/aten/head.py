@@ -30,25 +30,57 @@ from elmo_compile.numerics.update import Update
 _NARROW_GRADIENTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class Head:
+class Operands:
+    """Features and weight of one product, as its matrix products take them."""
+
+    def __init__(
+        self,
+        x_ND: Tensor,
+        w_LD: Tensor,
+        chunk: int,
+        compute_dtype: torch.dtype,
+        update: Update | None = None,
+        *,
+        fast: bool,
+        rows: int | None = None,
+        wide_dw: bool = False,
+    ) -> None:
+        """rows: of the operand, where it is padded to more than N; wide_dw: see `HeadProblem`."""
+        self.w_LD, self.wide_dw, self.fast, self.update = w_LD, wide_dw, fast, update
+        self.num_rows, self.num_outputs = x_ND.shape[0], w_LD.shape[0]
+        # float16 products are two orders of magnitude slower than float32 ones on a CPU.
+        on_cpu = w_LD.device.type == "cpu"
+        self.operand = torch.float32 if compute_dtype == torch.float16 and on_cpu else compute_dtype
+        self.work = torch.float64 if self.operand == torch.float64 else torch.float32
+        self.chunk = min(chunk, self.num_outputs)
+        self.weight = StoredWeight(w_LD, self.operand, self.chunk, update, fast)
+        rows = self.num_rows if rows is None else rows
+        self.x_ND = torch.zeros(rows, x_ND.shape[1], dtype=self.operand, device=x_ND.device)
+        self.x_ND[: self.num_rows] = self.weight.features(x_ND.detach())
+        self._logits = torch.empty(self.chunk, rows, dtype=self.operand, device=x_ND.device)
+
+    def row_logits(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Weight operand [C, D] and logits [N, C] without bias of a chunk."""
+        size = stop - start
+        z_NC = self._logits.view(-1)[: self.num_rows * size].view(self.num_rows, size)
+        w_CD = self.weight.load(start, stop)
+        return w_CD, torch.mm(self.x_ND[: self.num_rows], w_CD.t(), out=z_NC)
+
+
+class Head(Operands):
     """Operands, buffers and loss of one call."""
 
     def __init__(self, p: HeadProblem, update: Update | None = None) -> None:
         self.p = p
-        self.num_rows, self.num_outputs = p.x_ND.shape[0], p.w_LD.shape[0]
-        fast = self.num_rows * self.num_outputs >= SMALL
-        # float16 products are two orders of magnitude slower than float32 ones on a CPU.
-        operand = torch.float32 if p.compute_dtype == torch.float16 else p.compute_dtype
-        self.work = torch.float64 if operand == torch.float64 else torch.float32
-        lanes = operand == torch.bfloat16 and p.loss.targets != "dense"
-        rows = self.num_rows + (self.num_rows % 2 if lanes else 0)
-        self.chunk = min(p.chunk, self.num_outputs)
-        self.weight = StoredWeight(p.w_LD, operand, self.chunk, update, fast)
+        num_rows, num_outputs = p.x_ND.shape[0], p.w_LD.shape[0]
+        fast = num_rows * num_outputs >= SMALL
+        lanes = p.compute_dtype == torch.bfloat16 and p.loss.targets != "dense"
+        rows = num_rows + (num_rows % 2 if lanes else 0)
+        super().__init__(
+            p.x_ND, p.w_LD, p.chunk, p.compute_dtype, update, fast=fast, rows=rows,
+            wide_dw=p.wide_dw,
+        )  # fmt: skip
         self.loss = ChunkLoss(p, rows, lanes, self.work, fast)
-        self.x_ND = torch.zeros(rows, p.x_ND.shape[1], dtype=operand)
-        self.x_ND[: self.num_rows] = self.weight.features(p.x_ND.detach())
-        self.fast, self.operand, self.update = fast, operand, update
-        self._logits = torch.empty(self.chunk, rows, dtype=operand)
 
     def chunks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """(start, stop, weight operand [C, D], logits [C, N] without bias) of each chunk."""
@@ -60,12 +92,9 @@ class Head:
 
     def row_chunks(self) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, logits [N, C] without bias) of each chunk."""
-        x_ND, flat = self.x_ND[: self.num_rows], self._logits.view(-1)
         for start in range(0, self.num_outputs, self.chunk):
             stop = min(start + self.chunk, self.num_outputs)
-            size = stop - start
-            z_NC = flat[: self.num_rows * size].view(self.num_rows, size)
-            yield start, stop, torch.mm(x_ND, self.weight.load(start, stop).t(), out=z_NC)
+            yield start, stop, self.row_logits(start, stop)[1]
 
     def scaled_features(self, scale_N: Tensor) -> tuple[Tensor, float]:
         """`(x scale / s, s)` with `s = max |scale|` (1 where all are 0)."""
@@ -91,12 +120,15 @@ class Head:
 class FeatureGradient:
     """dx: products of each chunk, summed over chunks in float32."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Operands) -> None:
         self._head = head
         rows, features = head.x_ND.shape
-        self._sum = torch.zeros(rows, features, dtype=head.work)
+        device = head.x_ND.device
+        self._sum = torch.zeros(rows, features, dtype=head.work, device=device)
         self._narrow = head.operand != head.work
-        self._part = torch.empty(rows, features, dtype=head.operand) if self._narrow else None
+        self._part: Tensor | None = None
+        if self._narrow:
+            self._part = torch.empty(rows, features, dtype=head.operand, device=device)
 
     def add(self, g_CN: Tensor, w_CD: Tensor) -> None:
         """dx += g^T w_c."""
@@ -114,16 +146,18 @@ class FeatureGradient:
 class WeightGradient:
     """dw as a tensor, written a chunk at a time."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Operands) -> None:
         self._head = head
-        w_LD = head.p.w_LD
-        narrow = w_LD.dtype in _NARROW_GRADIENTS and not head.p.wide_dw
+        w_LD = head.w_LD
+        narrow = w_LD.dtype in _NARROW_GRADIENTS and not head.wide_dw
         dtype = w_LD.dtype if narrow else torch.float32
-        self.dw_LD = torch.empty(w_LD.shape, dtype=dtype)
+        self.dw_LD = torch.empty(w_LD.shape, dtype=dtype, device=w_LD.device)
         self._direct = dtype == head.operand and head.weight.layout != "quads"
         self._part: Tensor | None = None
         if not self._direct:
-            self._part = torch.empty(head.chunk, w_LD.shape[1], dtype=head.operand)
+            self._part = torch.empty(
+                head.chunk, w_LD.shape[1], dtype=head.operand, device=w_LD.device
+            )
 
     def put(self, start: int, stop: int, g_CN: Tensor, xs_ND: Tensor, scale: float) -> None:
         """dw[start:stop] = scale g xs."""

@@ -38,12 +38,14 @@ class StoredWeight:
         num_features = w_LD.shape[1]
         self._decoded: Tensor | None = None
         if w_LD.dtype != operand:
-            self._decoded = torch.empty(chunk, num_features, dtype=operand)
+            self._decoded = torch.empty(chunk, num_features, dtype=operand, device=w_LD.device)
         self._gradient: Tensor | None = None
         per_word = {"plain": 1, "pairs": 2, "quads": 4}[self.layout]
-        self._columns = torch.arange(0, num_features, per_word, dtype=torch.int32)
+        self._columns = torch.arange(
+            0, num_features, per_word, dtype=torch.int32, device=w_LD.device
+        )
         self._keys = [
-            _RowKeys(update, stream, w_LD.shape[0], chunk, fast) if update and needed else None
+            _RowKeys(update, stream, w_LD, chunk, fast) if update and needed else None
             for stream, needed in self._streams()
         ]
 
@@ -109,7 +111,9 @@ class StoredWeight:
             torch.addmm(stored, g_CN, xs_ND, beta=keep, alpha=-update.lr * scale, out=stored)
             return
         if self._gradient is None:
-            self._gradient = torch.empty(self.chunk, stored.shape[1], dtype=self.operand)
+            self._gradient = torch.empty(
+                self.chunk, stored.shape[1], dtype=self.operand, device=stored.device
+            )
         dw = torch.mm(g_CN, xs_ND, out=self._gradient[: stop - start])
         m = None if update.buffer is None else update.buffer[start:stop]
         w_key, m_key = (keys.of(start, stop) if keys else None for keys in self._keys)
@@ -127,10 +131,10 @@ class StoredWeight:
 class _RowKeys:
     """Row keys of one stream, computed some 2^16 rows at a time."""
 
-    def __init__(self, update: Update, stream: int, rows: int, chunk: int, fast: bool) -> None:
+    def __init__(self, update: Update, stream: int, w_LD: Tensor, chunk: int, fast: bool) -> None:
         words = philox.counter_words(update.seed, update.param_id, update.step, stream)
         self._words = [torch.tensor(word, dtype=torch.int64) for word in words]
-        self._first, self._rows = update.row_offset, rows
+        self._first, self._rows, self._device = update.row_offset, w_LD.shape[0], w_LD.device
         self._block = chunk * max(1, _KEY_ROWS // chunk)
         self._start, self._keys = 0, torch.empty(0, dtype=torch.int32)
         self._fast = fast
@@ -140,7 +144,7 @@ class _RowKeys:
         if not self._start <= start < stop <= self._start + self._keys.numel():
             self._start = start
             last = min(start + self._block, self._rows)
-            rows = torch.arange(self._first + start, self._first + last)
+            rows = torch.arange(self._first + start, self._first + last, device=self._device)
             self._keys = piece(steps.row_keys, self._fast)(*self._words, rows)
         return self._keys[start - self._start : stop - self._start]
 

@@ -1,0 +1,150 @@
+"""A program's walks on the ATen kernels: products chunk by chunk, chunk graphs between them.
+
+The products, the stored weight and the update are those of the other losses; what lies between a
+chunk's logits and their gradient is a graph, compiled by Inductor for large problems. Written for
+any device; tried on a CPU.
+Shapes: N rows, D features, L outputs, C outputs of a chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elmo_compile.kernels.aten.compiled import SMALL, graph_piece
+from elmo_compile.kernels.aten.head import FeatureGradient, Operands, WeightGradient
+from elmo_compile.numerics.update import Update
+from elmo_compile.programs.record import Program
+from elmo_compile.programs.run import run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Product:
+    """One head in a program: z = x W^T (a bias is an input of the program)."""
+
+    x: Tensor
+    """Features [.., D]."""
+    w_LD: Tensor
+    compute_dtype: torch.dtype
+    wide_dw: bool = False
+
+
+class ProductGradients:
+    """dx [.., D] and dw [L, D] of each product; None where not asked for."""
+
+    def __init__(self, dx: list[Tensor | None], dw: list[Tensor | None], inputs: list[Any]) -> None:
+        self.dx, self.dw, self.inputs = dx, dw, inputs
+
+
+class _Products:
+    """The operands of a program's products, and their logits chunk by chunk."""
+
+    def __init__(
+        self,
+        program: Program,
+        products: Sequence[Product],
+        chunk: int,
+        updates: dict[int, Update] | None = None,
+    ) -> None:
+        rows = products[0].x[..., 0].numel()
+        self.fast = rows * program.num_outputs >= SMALL
+        self.shapes = [p.x.shape[:-1] for p in products]
+        self.chunk, self.num_outputs = min(chunk, program.num_outputs), program.num_outputs
+        self.operands = [
+            Operands(
+                p.x.reshape(-1, p.x.shape[-1]), p.w_LD, chunk, p.compute_dtype,
+                (updates or {}).get(i), fast=self.fast, wide_dw=p.wide_dw,
+            )
+            for i, p in enumerate(products)
+        ]  # fmt: skip
+        self.loaded: dict[int, Tensor] = {}
+
+    def chunks(self, wanted: tuple[int, ...]) -> Iterator[tuple[int, int, list[Tensor]]]:
+        """(start, stop, logits [.., C] of the wanted products) of each chunk."""
+        for start in range(0, self.num_outputs, self.chunk):
+            stop = min(start + self.chunk, self.num_outputs)
+            zs = []
+            self.loaded.clear()
+            for i in wanted:
+                self.loaded[i], z_NC = self.operands[i].row_logits(start, stop)
+                zs.append(z_NC.view(*self.shapes[i], stop - start))
+            yield start, stop, zs
+
+    def weight(self, i: int, start: int, stop: int) -> Tensor:
+        """The operand [C, D] of a chunk of a product's weight."""
+        found = self.loaded.get(i)
+        return self.operands[i].weight.load(start, stop) if found is None else found
+
+    def gradient(self, i: int, g: Tensor) -> Tensor:
+        """A gradient of logits as an operand [C, N]."""
+        head = self.operands[i]
+        g_NC = g.reshape(head.num_rows, -1).to(head.operand)
+        return g_NC.t()
+
+
+def forward(
+    program: Program, products: Sequence[Product], inputs: Sequence[Any], chunk: int
+) -> list[Any]:
+    """The program's results and saved values."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        held = _Products(program, products, chunk)
+        compiler = functools.partial(graph_piece, use_compiled=held.fast)
+        return run(program.forward, inputs, held.chunks, program.num_outputs, compiler)
+
+
+def backward(
+    program: Program,
+    products: Sequence[Product],
+    inputs: Sequence[Any],
+    chunk: int,
+    *,
+    need_dx: Sequence[bool],
+    need_dw: Sequence[bool],
+    updates: dict[int, Update] | None = None,
+) -> ProductGradients:
+    """Gradients of features, weights and inputs.
+
+    Args:
+        inputs: of the program, then its saved values, then the upstream gradients.
+        updates: products whose weight is updated in place instead of getting a gradient.
+    """
+    assert program.backward is not None
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        held = _Products(program, products, chunk, updates)
+        dx = [FeatureGradient(o) if need else None for o, need in zip(held.operands, need_dx)]
+        dw = [
+            WeightGradient(o) if need and i not in (updates or {}) else None
+            for i, (o, need) in enumerate(zip(held.operands, need_dw))
+        ]
+
+        def sink(start: int, stop: int, gradients: dict[int, Tensor]) -> None:
+            for i, g in gradients.items():
+                head, g_CN, w_CD = held.operands[i], held.gradient(i, g), held.weight(i, start, stop)
+                into = dx[i]
+                if into is not None:
+                    into.add(g_CN, w_CD)
+                to = dw[i]
+                if to is not None:
+                    to.put(start, stop, g_CN, head.x_ND, 1.0)
+                elif i in (updates or {}):
+                    head.weight.step(start, stop, g_CN, head.x_ND, 1.0)
+
+        compiler = functools.partial(graph_piece, use_compiled=held.fast)
+        grads = run(
+            program.backward, inputs, held.chunks, program.num_outputs, compiler, sink
+        )
+        return ProductGradients(
+            [None if d is None else _restored(d, p) for d, p in zip(dx, products)],
+            [None if d is None else d.dw_LD for d in dw],
+            grads[len(products) :],
+        )
+
+
+def _restored(dx: FeatureGradient, product: Product) -> Tensor:
+    ones = torch.ones(product.x[..., 0].numel(), device=product.x.device)
+    return dx.result(ones).view(product.x.shape)

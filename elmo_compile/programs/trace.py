@@ -1,0 +1,334 @@
+"""Trace what follows a head's product to functional, decomposed ATen, with its gradient.
+
+The logits are an input in arithmetic precision (float32, or float64), so that whatever the program
+computes from them is computed in it. Log-sum-exp stays one operation, and softmax and log-softmax
+are written with it: its gradient needs no second pass over the outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from elmo_compile.ops.cut import cut
+from elmo_compile.programs.record import Unsupported
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traced:
+    """A joint graph: (logits of each product, inputs, upstream gradients) -> results, gradients."""
+
+    graph: fx.Graph
+    num_products: int
+    num_inputs: int
+    num_results: int
+    differentiable: tuple[int, ...]
+    """Results with an upstream gradient."""
+    wanted: tuple[int, ...]
+    """Inputs with a gradient, after those of the logits."""
+
+
+def trace(
+    module: fx.GraphModule,
+    products: Sequence[fx.Node],
+    values: Sequence[Any],
+    wanted: Sequence[int],
+    *,
+    grad: bool,
+    work: torch.dtype,
+    mode: Any,
+) -> Traced:
+    """Trace a retraced region.
+
+    Args:
+        module: the region in pre-dispatch ATen.
+        products: the heads' products in it, replaced by inputs.
+        values: fake values of its placeholders, tensors or sizes.
+        wanted: positions of inputs that take a gradient.
+        grad: whether autograd records the region.
+        work: dtype of the logits and of what is computed from them.
+        mode: the fake mode of `values`.
+    """
+    logits = [product.meta["val"] for product in products]
+    with mode, torch.no_grad(), _without_autocast():
+        zs = [torch.empty(z.shape, dtype=work, device=z.device) for z in logits]
+        run = _Region(module, products, work)
+        forward = make_fx(
+            torch.func.functionalize(run, remove="mutations"), decomposition_table=_table()
+        )(*zs, *values)
+    _pure(forward)
+    _row_sizes(forward, module, products)
+    results = list(forward.graph.output_node().args[0])
+    if not grad:
+        return Traced(forward.graph, len(zs), len(values), len(results), (), ())
+    with mode, _without_autocast():
+        diff, reached = _differentiable(forward, zs, values, wanted)
+        if not diff or not reached:
+            return Traced(forward.graph, len(zs), len(values), len(results), (), ())
+        joint = _Joint(forward, len(zs), len(values), diff, wanted)
+        tangents = [torch.empty_like(results[i].meta["val"]) for i in diff]
+        traced = make_fx(joint, decomposition_table=_table())(*zs, *values, *tangents)
+    _pure(traced)
+    _row_sizes(traced, module, products)
+    return Traced(
+        traced.graph, len(zs), len(values), len(results), tuple(diff), tuple(wanted)
+    )  # fmt: skip
+
+
+class _Region:
+    """The region as a function of its logits and inputs."""
+
+    def __init__(
+        self, module: fx.GraphModule, products: Sequence[fx.Node], work: torch.dtype
+    ) -> None:
+        self.module, self.products, self.work = module, list(products), work
+
+    def __call__(self, *args: Any) -> Any:
+        zs, inputs = args[: len(self.products)], args[len(self.products) :]
+        wide = [
+            value.to(self.work)
+            if isinstance(value, Tensor)
+            and value.is_floating_point()
+            and value.dtype.itemsize < self.work.itemsize
+            else value
+            for value in inputs
+        ]
+        return _Rerun(self.module, dict(zip(self.products, zs)), self.work).run(*wide)
+
+
+class _Rerun(fx.Interpreter):
+    """Runs a region with its products' values given, marking what no gradient passes."""
+
+    def __init__(
+        self, module: fx.GraphModule, known: dict[fx.Node, Tensor], work: torch.dtype
+    ) -> None:
+        super().__init__(module)
+        self.known, self.work = known, work
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self.known:
+            z = self.known[n]
+            bias = _bias_of(n)
+            return z if bias is None else z + self.env[bias]
+        if n.target is aten.detach.default:
+            return cut(self.env[n.args[0]])  # type: ignore[index]
+        if _leads_to_product(n, self.known):
+            return None
+        return super().run_node(n)
+
+
+def _bias_of(product: fx.Node) -> fx.Node | None:
+    """The bias operand of a product: an input of the program, added to its logits."""
+    args: Any = product.args
+    if product.target is aten.addmm.default:
+        return args[0]  # type: ignore[no-any-return]
+    has = product.target in (aten.linear.default, torch.ops.elmo.lowp_linear.default)
+    return args[2] if has and len(args) > 2 else None
+
+
+def _leads_to_product(node: fx.Node, known: dict[fx.Node, Tensor]) -> bool:
+    """Whether a node serves the products alone: a view of their weight, rows of their features."""
+    if node.op != "call_function" or not node.users:
+        return False
+    return all(user in known or _leads_to_product(user, known) for user in node.users)
+
+
+def _differentiable(
+    forward: fx.GraphModule, zs: Sequence[Tensor], values: Sequence[Any], wanted: Sequence[int]
+) -> tuple[list[int], bool]:
+    """Which results a gradient may be asked of, and whether any is."""
+    with torch.enable_grad():
+        leaves = [z.detach().requires_grad_() for z in zs]
+        inputs = _leaves(values, wanted)
+        results = fx.Interpreter(forward).run(*leaves, *inputs)
+    diff = [i for i, r in enumerate(results) if isinstance(r, Tensor) and r.requires_grad]
+    return diff, bool(diff)
+
+
+def _leaves(values: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
+    return [
+        value.detach().requires_grad_() if i in wanted else value for i, value in enumerate(values)
+    ]
+
+
+class _Joint:
+    """Results, and the gradients of logits and wanted inputs (None where there is none)."""
+
+    def __init__(
+        self,
+        forward: fx.GraphModule,
+        num_products: int,
+        num_inputs: int,
+        diff: Sequence[int],
+        wanted: Sequence[int],
+    ) -> None:
+        self.forward, self.num_products, self.num_inputs = forward, num_products, num_inputs
+        self.diff, self.wanted = diff, wanted
+
+    def __call__(self, *args: Any) -> Any:
+        with torch.enable_grad():
+            zs = [z.detach().requires_grad_() for z in args[: self.num_products]]
+            rest = args[self.num_products :]
+            inputs = _leaves(rest[: self.num_inputs], self.wanted)
+            results = fx.Interpreter(self.forward).run(*zs, *inputs)
+            ends = [results[i] for i in self.diff]
+            leaves = zs + [inputs[i] for i in self.wanted]
+            grads = torch.autograd.grad(
+                ends, leaves, list(rest[self.num_inputs :]), allow_unused=True
+            )
+        return list(results) + list(grads)
+
+
+@functools.cache
+def _table() -> dict[Any, Callable[..., Any]]:
+    """Decompositions: torch's core ones, its losses, and softmax by log-sum-exp."""
+    from torch._decomp import core_aten_decompositions, get_decompositions
+
+    table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
+    table.pop(aten.logsumexp.default, None)
+    losses = [
+        "nll_loss_forward", "nll_loss2d_forward", "binary_cross_entropy_with_logits",
+        "binary_cross_entropy", "mse_loss", "huber_loss", "smooth_l1_loss", "multi_margin_loss",
+        "soft_margin_loss",
+    ]  # fmt: skip
+    table.update(get_decompositions([getattr(aten, name) for name in losses]))
+    table[aten._log_softmax.default] = _log_softmax
+    table[aten._softmax.default] = _softmax
+    table[aten.var.correction] = _var
+    table[aten.std.correction] = _std
+    table[aten.mean.default] = _mean
+    table[aten.mean.dim] = _mean
+    return table
+
+
+def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    x = x.to(torch.float32) if half_to_float else x
+    return x - torch.logsumexp(x, dim, keepdim=True)
+
+
+def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    return torch.exp(_log_softmax(x, dim, half_to_float))
+
+
+def _mean(
+    x: Tensor,
+    dim: Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    dims = [d % x.dim() for d in dim] if dim else list(range(x.dim()))
+    count: Any = 1
+    for d in dims:
+        count = count * x.shape[d]
+    return torch.sum(x, dims, keepdim, dtype=dtype) / count
+
+
+def _var(
+    x: Tensor,
+    dim: Sequence[int] | None = None,
+    *,
+    correction: float | None = None,
+    keepdim: bool = False,
+) -> Tensor:
+    centred = x - _mean(x, dim, True)
+    count: Any = 1
+    for d in dim if dim else range(x.dim()):
+        count = count * x.shape[d]
+    free = count - (1 if correction is None else correction)
+    return torch.sum(centred * centred, list(dim or range(x.dim())), keepdim) / free
+
+
+def _std(x: Tensor, dim: Sequence[int] | None = None, **options: Any) -> Tensor:
+    return torch.sqrt(_var(x, dim, **options))
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Any:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.cuda.is_available():
+            stack.enter_context(torch.autocast("cuda", enabled=False))
+        yield
+
+
+def _pure(module: fx.GraphModule) -> None:
+    """Make a trace self-contained: constants written out, writes into fresh values functional."""
+    graph = module.graph
+    for node in graph.find_nodes(op="get_attr"):
+        _write_out(module, node)
+    for node in list(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        target = node.args[0]
+        if node.target is not aten.copy_.default or target.op == "placeholder":
+            raise Unsupported(
+                node, "this write in place is not understood", "write out of place"
+            )
+        with graph.inserting_before(node):
+            new = graph.call_function(aten.expand.default, (node.args[1], list(target.meta["val"].shape)))
+            new.meta = dict(node.meta)
+            if node.args[1].meta["val"].dtype != target.meta["val"].dtype:
+                cast = graph.call_function(
+                    aten._to_copy.default, (new,), {"dtype": target.meta["val"].dtype}
+                )
+                cast.meta = dict(node.meta)
+                new = cast
+        later = False
+        for other in list(graph.nodes):
+            if other is node:
+                later = True
+            elif later:
+                other.replace_input_with(target, new)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _row_sizes(
+    traced: fx.GraphModule, module: fx.GraphModule, products: Sequence[fx.Node]
+) -> None:
+    """Ask a product's features for the number of its rows, instead of its logits."""
+    graph = traced.graph
+    places = list(graph.find_nodes(op="placeholder"))
+    inputs = list(module.graph.find_nodes(op="placeholder"))
+    for z, product in zip(places, products):
+        x: Any = product.args[1 if product.target is aten.addmm.default else 0]
+        if x not in inputs:
+            continue
+        for user in list(z.users):
+            at: Any = user.args[1] if len(user.args) > 1 else -1
+            if user.target is aten.sym_size.int and at % z.meta["val"].dim() < z.meta["val"].dim() - 1:
+                user.args = (places[len(products) + inputs.index(x)], at)
+
+
+def _write_out(module: fx.GraphModule, node: fx.Node) -> None:
+    """Replace a constant of one element by a number."""
+    constant = getattr(module, str(node.target))
+    known = getattr(constant, "constant", constant)
+    if not isinstance(known, Tensor) or known.numel() != 1:
+        raise Unsupported(
+            node, "a constant tensor is made between the head and its loss",
+            "pass it as an argument or a buffer",
+        )  # fmt: skip
+    with module.graph.inserting_before(node):
+        made = module.graph.call_function(
+            aten.full.default,
+            (list(known.shape), known.item()),
+            {"dtype": known.dtype, "device": constant.device},
+        )
+    made.meta = dict(node.meta)
+    made.meta["val"] = constant
+    node.replace_all_uses_with(made)
+    module.graph.erase_node(node)
