@@ -80,7 +80,9 @@ def compute_dtype(stored: torch.dtype, program: torch.dtype, device: str) -> tor
     return torch.float32 if chosen == torch.float16 and kind == "cpu" else chosen
 
 
-def why_unfusable(match: HeadMatch | ProgramMatch, weight: torch.Tensor, compute: torch.dtype) -> str:
+def why_unfusable(
+    match: HeadMatch | ProgramMatch, weight: torch.Tensor, compute: torch.dtype
+) -> str:
     """The graph's own reason against a fused update, or an empty string."""
     region = match.region
     if not region.grad_enabled:
@@ -168,7 +170,7 @@ def _shape(
     L, D = hints(weight.shape)
     rows, numbers = _size(match.rows, "n")
     positives: Any = 0
-    dense: torch.dtype | None = torch.float32
+    dense = torch.float32
     program: ProgramSize | None = None
     if isinstance(match, ProgramMatch):
         backward = match.program.backward
@@ -183,9 +185,8 @@ def _shape(
         if match.loss.targets not in ("classes", "dense"):
             positives, more = _size(target.numel(), "m")
             numbers |= more
-        dense = match.target_built
-        if dense is None:
-            dense = target.dtype if match.loss.targets == "dense" else torch.float32
+        given = target.dtype if match.loss.targets == "dense" else torch.float32
+        dense = match.target_built or given
     return HeadShape(
         rows=rows,
         features=D,

@@ -88,9 +88,7 @@ def fused_head_program_backward(
     products = products_of([x], [owner.param.detach()], compute, [False])
     arguments = [*found.arguments(inputs, sizes), *saved, *tangents]
     if not weight_is_wanted(owner):
-        made = backward(
-            found, products, arguments, chunk, need_dx=[need_dx], need_dw=[False]
-        )
+        made = backward(found, products, arguments, chunk, need_dx=[need_dx], need_dw=[False])
     else:
         owner.check_ticket(ticket)
         for given in (x, *tangents):
@@ -154,7 +152,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         found.spread(rest, need_inputs),
         x.new_zeros((0,)) if need_anchor else None,
         *(None for _ in range(2)),
-        [None] * len(ctx.config[0]),
+        None if ctx.config[0] else [],
         *(None for _ in range(len(ctx.config) - 1)),
     )
 

@@ -175,7 +175,9 @@ def _(
             for x, need in zip(xs, need_dx)
         ),
         *(
-            torch.empty(w.shape if need else (0,), dtype=gradient_dtype(w, wide_dw) if need else torch.float32, device=w.device)
+            torch.empty(w.shape, dtype=gradient_dtype(w, wide_dw), device=w.device)
+            if need
+            else torch.empty(0, device=w.device)
             for w, need, wide_dw in zip(ws, need_dw, wide)
         ),
         *(torch.empty_like(t) for t in found.wanted_of(inputs)),
@@ -215,8 +217,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     xs, ws, tensors, saved = kept[:n], kept[n : 2 * n], kept[2 * n : 2 * n + m], kept[2 * n + m :]
     need_xs, need_ws, need_carriers, need_inputs = ctx.needs_input_grad[:4]
     carried = bool(ctx.carried)
-    need_dx = list(need_xs)
-    need_dw = list(need_carriers) if carried else list(need_ws)
+    reached = [i in found.trained for i in range(n)]
+    need_dx = [need and got for need, got in zip(need_xs, reached)]
+    need_dw = [need and got for need, got in zip(need_carriers if carried else need_ws, reached)]
     out = torch.ops.elmo.head_program_backward(
         tangents_of(found, grads, ctx.results), xs, ws, tensors, saved, sizes, program, chunk,
         compute, need_dx, need_dw, [carried] * n,
@@ -228,7 +231,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         [None] * n if carried else dw,
         dw if carried else [],
         found.spread(out[2 * n :], need_inputs),
-        [None] * len(sizes),
+        None if sizes else [],
         *(None for _ in range(3)),
     )
 

@@ -1,4 +1,4 @@
-"""Losses of any kind over a head's logits, as programs that are evaluated chunk by chunk of outputs.
+"""Losses of any kind over a head's logits, as programs evaluated chunk by chunk of outputs.
 
 A program is the graph between a head's logits and the first values that are no longer huge. It is
 traced to functional ATen together with its gradient (`trace`), simplified (`simplify`), every value

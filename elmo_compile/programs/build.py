@@ -49,18 +49,25 @@ def build(
     graph = traced.graph
     places = list(graph.find_nodes(op="placeholder"))
     logits = places[: traced.num_products]
-    _check_operands(products, places[traced.num_products :], list(module.graph.find_nodes(op="placeholder")))
+    _check_operands(
+        products, places[traced.num_products :], list(module.graph.find_nodes(op="placeholder"))
+    )
     extents = simplify(graph, num_outputs, logits, mode)
     ends: list[Any] = list(graph.output_node().args[0])  # type: ignore[arg-type]
     results, grads = ends[: traced.num_results], ends[traced.num_results :]
     for result in results:
         if not isinstance(result, fx.Node):
             raise Unsupported(None, "a result is a constant", "return it from outside the region")
+    reached = [i for i, g in zip(traced.wanted, grads[traced.num_products :]) if g is not None]
+    trained = [i for i, g in enumerate(grads[: traced.num_products]) if g is not None]
+    grads = grads[: traced.num_products] + [
+        g for g in grads[traced.num_products :] if g is not None
+    ]
     saved = _saved(extents, results, grads) if grads else []
     forward = _forward(graph, extents, logits, traced, results + saved, work)
     backward = _backward(graph, traced, saved, grads, num_outputs, work) if grads else None
     text = f"{forward_text(graph)}|{num_outputs}|{work}|{traced.wanted}|{torch.__version__}"
-    tensors, sizes = _read(places[traced.num_products :][: traced.num_inputs], values, wanted)
+    tensors, sizes = _read(places[traced.num_products :][: traced.num_inputs], values, reached)
     walks = forward.walks + (backward.walks if backward is not None else ())
     program = Program(
         key=hashlib.sha256(text.encode()).hexdigest()[:20],
@@ -70,7 +77,8 @@ def build(
         num_results=traced.num_results,
         differentiable=traced.differentiable,
         backward=backward,
-        wanted=traced.wanted,
+        wanted=tuple(reached),
+        trained=tuple(trained),
         shapes=_shapes(graph, traced, results + saved),
         live=live_values(walks),
         tensors=tensors,

@@ -206,8 +206,9 @@ class _Emitter:
     def _before(self, node: fx.Node, place: int) -> int:
         """Where the outputs are in a small operand of `unsqueeze`, from the end."""
         rank = len(shape_of(node))
-        at = node.args[1] % rank  # type: ignore[operator]
-        return (place - (at < place)) - (rank - 1)
+        args: Any = node.args
+        at = args[1] % rank
+        return int(place - (at < place)) - (rank - 1)
 
     def _scatter(self, node: fx.Node, place: int) -> fx.Node:
         args: Any = node.args
@@ -216,7 +217,9 @@ class _Emitter:
             raise Unsupported(node, f"{node.target} along rows", "scatter along the outputs")
         fn = local.scatter_add if node.target is aten.scatter_add.default else local.scatter
         source = self.value(args[0], self.extents.dim(node))
-        return self.call(fn, source, place, self.outputs(args[2]), self.value(args[3]), self.columns)
+        return self.call(
+            fn, source, place, self.outputs(args[2]), self.value(args[3]), self.columns
+        )
 
     def _index_put(self, node: fx.Node, place: int) -> fx.Node:
         args: Any = node.args
@@ -228,7 +231,14 @@ class _Emitter:
             self.outputs(args[1][place], -self.extents.L)
             values = self.value(args[2])
             return self.call(
-                local.index_put, source, indices, values, accumulate, place, self.extents.L, self.columns
+                local.index_put,
+                source,
+                indices,
+                values,
+                accumulate,
+                place,
+                self.extents.L,
+                self.columns,
             )
         return self.call(node.target, source, indices, self.value(args[2], dim), accumulate)
 
@@ -247,7 +257,9 @@ class _Emitter:
             return [part], Result(node.name, combine, 1, place, meta)
         if node.target is aten.index.Tensor:
             self.outputs(args[1][place], -self.extents.L)
-            part = self.call(local.index, h, self.value(args[1]), place, self.extents.L, self.columns)
+            part = self.call(
+                local.index, h, self.value(args[1]), place, self.extents.L, self.columns
+            )
             return [part], Result(node.name, combine, 1, place, meta)
         keep, rank = keeps_dims(node), len(shape_of(source))
         if combine in ("argmax", "argmin", "topk", "logsumexp") and len(dims_of(node)) > 1:
@@ -268,8 +280,8 @@ class _Emitter:
             target = aten.any.dims if combine == "any" else aten.all.dims
             part = self.call(target, h, dims, keep)
         else:
-            target = aten.sum.dim_IntList if combine == "sum" else node.target
-            part = self.call(target, h, dims, keep, **node.kwargs)
+            reduce: Any = aten.sum.dim_IntList if combine == "sum" else node.target
+            part = self.call(reduce, h, dims, keep, **node.kwargs)
         return [part], Result(node.name, combine, 1, place, meta)
 
     def _pair(
@@ -281,4 +293,5 @@ class _Emitter:
 
 def _counts(node: fx.Node) -> bool:
     """Whether a small vector is 0, 1, ... L - 1."""
-    return node.target is aten.arange.start_step and node.args[0] == 0 and len(node.args) == 2
+    args: Any = node.args
+    return node.target is aten.arange.start_step and args[0] == 0 and len(args) == 2

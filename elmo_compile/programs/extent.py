@@ -87,7 +87,7 @@ def keeps_dims(node: fx.Node) -> bool:
 
 
 class Extents:
-    """For each node of a graph: None if it is small, else its dimension of outputs, from the end."""
+    """For each node of a graph its dimension of outputs, from the end; None if it is small."""
 
     def __init__(self, graph: fx.Graph, num_outputs: int, logits: Iterable[fx.Node]) -> None:
         self.L = num_outputs
@@ -153,6 +153,12 @@ class Extents:
         if not tensors:
             return self._fresh(node)
         if self.reduces(node):
+            shape = shape_of(node) if is_tensor(node) else ()
+            if self.L in shape and math.prod(shape) >= 2 * self.L:
+                raise Unsupported(
+                    node, f"{node.target} rearranges the outputs of a row",
+                    "rearrange the weight's rows, or the targets",
+                )  # fmt: skip
             return None
         rule = self._rule(node)
         if rule is None:
@@ -187,7 +193,8 @@ class Extents:
     def _rule(self, node: fx.Node) -> int | None:
         """Where the outputs are in a value made from huge ones; None if that is not known."""
         out = shape_of(node) if is_tensor(node) else ()
-        source: Any = node.args[0]
+        args: Any = node.args
+        source = args[0]
         if is_pointwise(node) or node.target in LIKE:
             return self._pointwise(node, out)
         if node.target is aten.cat.default:
@@ -204,22 +211,24 @@ class Extents:
         if node.target is aten.expand.default:
             return dim
         if node.target is aten.permute.default:
-            order = [d % rank for d in node.args[1]]  # type: ignore[union-attr, operator]
+            order = [d % rank for d in args[1]]
             return order.index(place) - rank
         if node.target in (aten.t.default, aten.transpose.int):
             a, b = (0, rank - 1) if node.target is aten.t.default else (
-                d % rank for d in node.args[1:3]  # type: ignore[operator]
+                d % rank for d in args[1:3]
             )  # fmt: skip
-            return {a: b, b: a}.get(place, place) - rank
+            return int({a: b, b: a}.get(place, place)) - rank
         if node.target is aten.unsqueeze.default:
-            at = node.args[1] % (rank + 1)  # type: ignore[operator]
-            return dim - (at > place)
+            at = args[1] % (rank + 1)
+            return int(dim - (at > place))
         if node.target in (aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default):
             return self._view(shape_of(source), place, out)
         if node.target in (aten.slice.Tensor, aten.index_select.default, aten.slice_scatter.default,
                            aten.select.int, aten.select_scatter.default):  # fmt: skip
-            at = 2 if node.target in (aten.slice_scatter.default, aten.select_scatter.default) else 1
-            along = (node.args[at] if len(node.args) > at else 0) % rank  # type: ignore[operator]
+            at = (
+                2 if node.target in (aten.slice_scatter.default, aten.select_scatter.default) else 1
+            )
+            along = (args[at] if len(args) > at else 0) % rank
             if along == place:
                 return dim if node.target is aten.slice.Tensor and out == shape_of(source) else None
             return dim + (node.target is aten.select.int and along > place)
@@ -256,7 +265,7 @@ class Extents:
         return None
 
     def _index(self, node: fx.Node, dim: int, rank: int) -> int | None:
-        """Indexing rows: one index tensor (a boolean mask was refused by its data-dependent size)."""
+        """Indexing rows by one tensor (a boolean mask fails the trace by its unknown size)."""
         indices: Any = node.args[1]
         given = [i for i, index in enumerate(indices) if index is not None]
         if len(given) != 1 or given[0] >= rank + dim or any(self.huge(indices[i]) for i in given):
@@ -265,10 +274,11 @@ class Extents:
 
     def _picks(self, node: fx.Node) -> bool:
         """Whether an indexing takes single outputs."""
-        source: Any = node.args[0]
+        args: Any = node.args
+        source = args[0]
         place = len(shape_of(source)) + self.dim(source)
         if node.target is aten.gather.default:
-            return node.args[1] % len(shape_of(source)) == place and not self.huge(node.args[2])  # type: ignore[operator]
-        indices: Any = node.args[1]
+            return bool(args[1] % len(shape_of(source)) == place) and not self.huge(args[2])
+        indices = args[1]
         given = [i for i, index in enumerate(indices) if index is not None]
         return place in given and not any(self.huge(indices[i]) for i in given)

@@ -15,7 +15,9 @@ from torch import Tensor
 def gather(h: Tensor, dim: int, index: Tensor, columns: Tensor) -> Tensor:
     """The share of `gather` over all outputs that lies in this chunk; 0 elsewhere."""
     local, here = _local(index, columns)
-    return torch.where(here, torch.gather(h, dim, local), torch.zeros((), dtype=h.dtype, device=h.device))
+    return torch.where(
+        here, torch.gather(h, dim, local), torch.zeros((), dtype=h.dtype, device=h.device)
+    )
 
 
 def index(
@@ -28,7 +30,9 @@ def index(
     local, here = _local(torch.where(outputs < 0, outputs + total, outputs), columns)
     given[place] = local
     found = torch.ops.aten.index.Tensor(h, given)
-    return torch.where(here.expand(found.shape), found, torch.zeros((), dtype=h.dtype, device=h.device))
+    return torch.where(
+        here.expand(found.shape), found, torch.zeros((), dtype=h.dtype, device=h.device)
+    )
 
 
 def scatter(h: Tensor, dim: int, index: Tensor, src: Tensor | float, columns: Tensor) -> Tensor:
@@ -104,9 +108,7 @@ def _local(numbers: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(here, local, torch.zeros_like(local)), here
 
 
-def _with_spare(
-    h: Tensor, dim: int, numbers: Tensor, columns: Tensor
-) -> tuple[Tensor, Tensor]:
+def _with_spare(h: Tensor, dim: int, numbers: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """h with one more output, and positions in it: the spare one for outputs outside the chunk."""
     local = numbers - columns[0]
     size = columns.shape[0]

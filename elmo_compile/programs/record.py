@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 import torch.fx as fx
 
-Combine = Literal["sum", "max", "min", "any", "all", "logsumexp", "argmax", "argmin", "topk", "slice"]
+Combine = Literal[
+    "sum", "max", "min", "any", "all", "logsumexp", "argmax", "argmin", "topk", "slice"
+]
 """How a walk's partial results become one: `slice` writes a chunk's piece of an [.., L] result."""
 
 
@@ -99,6 +101,8 @@ class Program:
     """(inputs, saved, upstream gradients) -> gradients of `wanted`; None without autograd."""
     wanted: tuple[int, ...]
     """Inputs that get a gradient."""
+    trained: tuple[int, ...]
+    """Products whose logits get a gradient."""
     shapes: fx.GraphModule
     """(logits, inputs) -> results and saved values, for shapes under fake tensors."""
     live: int

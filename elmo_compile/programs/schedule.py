@@ -67,9 +67,10 @@ def schedule(
         ends = at_last if level == last and at_last else []
         if targets or ends:
             positions = [i for i, n in enumerate(outputs[:gradients]) if n is not None]
-            steps.append(
-                emit.walk(graph, extents, list(logits), targets, ends, positions if ends else [], work)
-            )  # fmt: skip
+            found = emit.walk(
+                graph, extents, list(logits), targets, ends, positions if ends else [], work
+            )
+            steps.append(found)
     names = tuple(n.name for n in graph.nodes if n.op == "placeholder" and n not in set(logits))
     results = tuple(None if n is None or n in at_last else n.name for n in outputs)
     return Schedule(names, tuple(steps), results)
@@ -114,5 +115,3 @@ def live_values(walks: Sequence[Walk]) -> int:
                 1 for arg in node.all_input_nodes if arg.op == "call_function" and last[arg] == i
             )
     return most
-
-

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
@@ -66,7 +66,7 @@ def _once(graph: fx.Graph) -> None:
         if node.target in (aten.alias.default, aten.detach.default, aten.clone.default) and (
             is_tensor(node.args[0])
         ):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(cast(fx.Node, node.args[0]))
             graph.erase_node(node)
             continue
         key = (node.target, _frozen(node.args), _frozen(node.kwargs))
@@ -101,7 +101,7 @@ class _Writer:
 
     def split(self, node: fx.Node) -> fx.Node | None:
         """A reduction over outputs alone, kept as a dimension of 1, then over the rest."""
-        target = _SPLITS.get(node.target)
+        target = _SPLITS.get(cast(Any, node.target))
         if target is None:
             return None
         source: Any = node.args[0]
@@ -148,7 +148,9 @@ class _Writer:
             at = len(small) + ext.dim(node)
             if at < 0 or small[at] == 1:
                 row = [1 if d == len(args[1]) + ext.dim(node) else s for d, s in enumerate(args[1])]
-                return self.call(aten.mul.Scalar, self.call(aten.expand.default, args[0], row), ext.L)
+                return self.call(
+                    aten.mul.Scalar, self.call(aten.expand.default, args[0], row), ext.L
+                )
             return None
         if node.target is aten.full.default:
             place = len(args[0]) + ext.dim(node)
@@ -170,7 +172,8 @@ class _Writer:
 
     def _linear(self, node: fx.Node) -> fx.Node | None:
         """`total` of an element-wise linear operation: of one huge operand, or of a sum of them."""
-        ext, args = self.extents, list(node.args)
+        ext = self.extents
+        args: list[Any] = list(node.args)
         huge = [i for i, a in enumerate(args) if ext.huge(a)]
         small = [a for a in args if is_tensor(a) and not ext.huge(a)]
         cut = [a for a in small if self._has_outputs(a, node)]
@@ -210,7 +213,7 @@ class _Writer:
         return len(shape) + dim >= 0 and shape[dim] == self.extents.L
 
     def _is_zero(self, node: Any) -> bool:
-        return isinstance(node, fx.Node) and (
+        return isinstance(node, fx.Node) and bool(
             (node.target is aten.full.default and node.args[1] == 0)
             or (node.target is aten.full_like.default and node.args[1] == 0)
         )
@@ -229,7 +232,9 @@ class _Writer:
         if source.target is aten.expand.default and not ext.huge(source.args[0]):
             small: Any = source.args[0]
             if not self._has_outputs(small, source):
-                return self.call(aten.expand.default, small, list(index.meta["val"].shape))
+                dtype = small.meta["val"].dtype
+                zeros = self.call(aten.zeros_like.default, index, dtype=dtype)
+                return self.call(aten.add.Tensor, small, zeros)
             return None
         if not is_pointwise(source):
             return None
@@ -253,16 +258,17 @@ class _Writer:
 
     def _rowwise(self, node: fx.Node) -> fx.Node | None:
         """z[arange(N), y] -> gather(z, 1, y[:, None])[:, 0]."""
-        source, indices = node.args[:2]
+        args: Any = node.args
+        source, indices = args[:2]
         shape = shape_of(source)
-        if len(shape) != 2 or len(indices) != 2 or self.extents.dim(source) != -1:  # type: ignore[arg-type]
+        if len(shape) != 2 or len(indices) != 2 or self.extents.dim(source) != -1:
             return None
-        rows, columns = indices  # type: ignore[misc]
+        rows, columns = indices
         if rows is None or columns is None or shape_of(columns) != (shape[0],):
             return None
-        if rows.target is not aten.arange.start_step or rows.args[0] != 0:  # type: ignore[union-attr]
+        if rows.target is not aten.arange.start_step or rows.args[0] != 0:
             return None
-        if shape_of(rows) != (shape[0],) or len(rows.args) > 2 and rows.args[2] != 1:  # type: ignore[union-attr]
+        if shape_of(rows) != (shape[0],) or (len(rows.args) > 2 and rows.args[2] != 1):
             return None
         column = self.call(aten.unsqueeze.default, columns, 1)
         wrapped = self.call(aten.lt.Scalar, column, 0)
@@ -274,5 +280,3 @@ class _Writer:
 
 def _rows(shape: tuple[int, ...], place: int) -> tuple[int, ...]:
     return shape[:place] + shape[place + 1 :]
-
-

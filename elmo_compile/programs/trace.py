@@ -67,8 +67,9 @@ def trace(
             torch.func.functionalize(run, remove="mutations"), decomposition_table=_table()
         )(*zs, *values)
     _pure(forward)
-    _row_sizes(forward, module, products)
-    results = list(forward.graph.output_node().args[0])
+    _row_sizes(forward, len(zs))
+    ends: Any = forward.graph.output_node().args[0]
+    results = list(ends)
     if not grad:
         return Traced(forward.graph, len(zs), len(values), len(results), (), ())
     with mode, _without_autocast():
@@ -79,7 +80,7 @@ def trace(
         tangents = [torch.empty_like(results[i].meta["val"]) for i in diff]
         traced = make_fx(joint, decomposition_table=_table())(*zs, *values, *tangents)
     _pure(traced)
-    _row_sizes(traced, module, products)
+    _row_sizes(traced, len(zs))
     return Traced(
         traced.graph, len(zs), len(values), len(results), tuple(diff), tuple(wanted)
     )  # fmt: skip
@@ -117,9 +118,9 @@ class _Rerun(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self.known:
-            z = self.known[n]
-            bias = _bias_of(n)
-            return z if bias is None else z + self.env[bias]
+            z, bias = self.known[n], _bias_of(n)
+            # A copy: what the program writes into its logits is not written into an input.
+            return z.clone() if bias is None else z + self.env[bias]
         if n.target is aten.detach.default:
             return cut(self.env[n.args[0]])  # type: ignore[index]
         if _leads_to_product(n, self.known):
@@ -204,6 +205,9 @@ def _table() -> dict[Any, Callable[..., Any]]:
     table.update(get_decompositions([getattr(aten, name) for name in losses]))
     table[aten._log_softmax.default] = _log_softmax
     table[aten._softmax.default] = _softmax
+    table[aten.copy.default] = lambda into, source, non_blocking=False: source.to(
+        into.dtype
+    ).expand(into.shape)
     table[aten.var.correction] = _var
     table[aten.std.correction] = _std
     table[aten.mean.default] = _mean
@@ -217,7 +221,8 @@ def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
 
 
 def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    return torch.exp(_log_softmax(x, dim, half_to_float))
+    made: Tensor = torch.exp(_log_softmax(x, dim, half_to_float))
+    return made
 
 
 def _mean(
@@ -231,7 +236,8 @@ def _mean(
     count: Any = 1
     for d in dims:
         count = count * x.shape[d]
-    return torch.sum(x, dims, keepdim, dtype=dtype) / count
+    mean: Tensor = torch.sum(x, dims, keepdim, dtype=dtype) / count
+    return mean
 
 
 def _var(
@@ -246,7 +252,8 @@ def _var(
     for d in dim if dim else range(x.dim()):
         count = count * x.shape[d]
     free = count - (1 if correction is None else correction)
-    return torch.sum(centred * centred, list(dim or range(x.dim())), keepdim) / free
+    var: Tensor = torch.sum(centred * centred, list(dim or range(x.dim())), keepdim) / free
+    return var
 
 
 def _std(x: Tensor, dim: Sequence[int] | None = None, **options: Any) -> Tensor:
@@ -273,18 +280,18 @@ def _pure(module: fx.GraphModule) -> None:
             continue
         target = node.args[0]
         if node.target is not aten.copy_.default or target.op == "placeholder":
-            raise Unsupported(
-                node, "this write in place is not understood", "write out of place"
-            )
+            raise Unsupported(node, "this write in place is not understood", "write out of place")
+        new: Any = node.args[1]
+        into, value = target.meta["val"], new.meta["val"]
         with graph.inserting_before(node):
-            new = graph.call_function(aten.expand.default, (node.args[1], list(target.meta["val"].shape)))
-            new.meta = dict(node.meta)
-            if node.args[1].meta["val"].dtype != target.meta["val"].dtype:
-                cast = graph.call_function(
-                    aten._to_copy.default, (new,), {"dtype": target.meta["val"].dtype}
-                )
+            if value.dtype != into.dtype or tuple(value.shape) != tuple(into.shape):
+                zeros = graph.call_function(aten.zeros_like.default, (target,))
+                zeros.meta = dict(node.meta)
+                cast = graph.call_function(aten._to_copy.default, (new,), {"dtype": into.dtype})
                 cast.meta = dict(node.meta)
-                new = cast
+                cast.meta["val"] = value.to(into.dtype)
+                new = graph.call_function(aten.add.Tensor, (zeros, cast))
+                new.meta = dict(node.meta)
         later = False
         for other in list(graph.nodes):
             if other is node:
@@ -296,21 +303,60 @@ def _pure(module: fx.GraphModule) -> None:
     graph.eliminate_dead_code()
 
 
-def _row_sizes(
-    traced: fx.GraphModule, module: fx.GraphModule, products: Sequence[fx.Node]
-) -> None:
-    """Ask a product's features for the number of its rows, instead of its logits."""
+def _row_sizes(traced: fx.GraphModule, num_logits: int) -> None:
+    """Compute sizes from those of inputs where the trace asked values made from logits."""
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
     graph = traced.graph
     places = list(graph.find_nodes(op="placeholder"))
-    inputs = list(module.graph.find_nodes(op="placeholder"))
-    for z, product in zip(places, products):
-        x: Any = product.args[1 if product.target is aten.addmm.default else 0]
-        if x not in inputs:
+    inputs, last = places[num_logits:], places[-1]
+    known = _symbols(inputs)
+    asked = [
+        node
+        for node in graph.find_nodes(op="call_function", target=aten.sym_size.int)
+        if node.args[0] not in inputs
+    ]
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    for node in asked:
+        expr = node.meta["val"].node.expr
+        if not all(symbol in known for symbol in expr.free_symbols):
             continue
-        for user in list(z.users):
-            at: Any = user.args[1] if len(user.args) > 1 else -1
-            if user.target is aten.sym_size.int and at % z.meta["val"].dim() < z.meta["val"].dim() - 1:
-                user.args = (places[len(products) + inputs.index(x)], at)
+        with graph.inserting_after(last):
+            env = {symbol: _proxy(graph, known[symbol], tracer) for symbol in expr.free_symbols}
+        last_size = max((p.node for p in env.values()), key=list(graph.nodes).index, default=last)
+        before = set(graph.nodes)
+        with graph.inserting_before(last_size.next):
+            made = sympy_interp(PythonReferenceAnalysis, env, expr)
+        for new in graph.nodes:
+            if new not in before:
+                new.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(made.node if isinstance(made, fx.Proxy) else made)
+        graph.erase_node(node)
+    graph.lint()
+
+
+def _symbols(inputs: Sequence[fx.Node]) -> dict[Any, tuple[fx.Node, int | None]]:
+    """Where a symbolic size is found: an input, and a dimension where that is a tensor."""
+    found: dict[Any, tuple[fx.Node, int | None]] = {}
+    for node in inputs:
+        value = node.meta["val"]
+        if isinstance(value, torch.SymInt):
+            found.setdefault(value.node.expr, (node, None))
+        elif isinstance(value, Tensor):
+            for dim, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt):
+                    found.setdefault(size.node.expr, (node, dim))
+    return found
+
+
+def _proxy(graph: fx.Graph, where: tuple[fx.Node, int | None], tracer: Any) -> fx.Proxy:
+    node, dim = where
+    if dim is not None:
+        size = graph.call_function(aten.sym_size.int, (node, dim))
+        size.meta["val"] = node.meta["val"].shape[dim]
+        node = size
+    return fx.Proxy(node, tracer)
 
 
 def _write_out(module: fx.GraphModule, node: fx.Node) -> None:

@@ -167,9 +167,8 @@ def _check_dtypes(aten_region: AtenRegion, program: Program) -> None:
 
 
 def _fake_mode(places: list[fx.Node]) -> Any:
-    return next(
-        tensor.fake_mode for node in places if hasattr(tensor := tensor_of(node), "fake_mode")
-    )
+    tensors: list[Any] = [tensor_of(node) for node in places]
+    return next(tensor.fake_mode for tensor in tensors if hasattr(tensor, "fake_mode"))
 
 
 def _name(module: fx.GraphModule) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from elmo_compile import ops
 from elmo_compile.errors import ElmoError
 from elmo_compile.passes.graphs import copy_module, is_checkpoint, sites, source_of, tensor_of
 from elmo_compile.passes.modes import grad_modes
@@ -24,6 +25,7 @@ from elmo_compile.passes.rewrite.inputs import Inputs, remove_input
 from elmo_compile.passes.rewrite.programs import put_off, replace_program
 
 aten = torch.ops.aten
+ops.load()
 
 _CARRIED = (
     torch.ops.elmo.head_loss.default, torch.ops.elmo.head_program.default,
@@ -143,7 +145,8 @@ class _Emitter:
     """Writes nodes into the copied graph, in front of the region's output."""
 
     def __init__(self, head: PlannedHead, mapping: dict[fx.Node, fx.Node], output: fx.Node) -> None:
-        self.head, self.match = head, head.match
+        self.head = head
+        self.match: Any = head.match
         self.graph = output.graph
         self.mapping = mapping
         self.meta = {"stack_trace": head.match.region.seed.meta.get("stack_trace")}

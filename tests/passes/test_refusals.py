@@ -62,17 +62,6 @@ def no_grad_rows() -> tuple[Any, ...]:
     return features().detach(), weight().detach(), classes()
 
 
-def logits_used_twice(x, w, y):
-    z = F.linear(x, w)
-    return ce(z, y) + z.mean()
-
-
-def setitem_on_logits(x, w, y):
-    z = F.linear(x, w)
-    z[:, 0] = -5.0
-    return ce(z, y)
-
-
 def view_of_logits_written(x, w, y):
     z = F.linear(x, w)
     z.view(-1)[3:4].mul_(3.0)
@@ -129,44 +118,6 @@ def labels_written(x, w, i):
     return bce(z, y)
 
 
-def target_column_written(x, w, i):
-    y = F.one_hot(i, L).sum(1).float()
-    y[:, 5] = 1.0
-    return bce(F.linear(x, w), y)
-
-
-def dense_column_written(x, w):
-    y = torch.ones(N, L)
-    y[:, 5] = 0.0
-    return bce(F.linear(x, w), y)
-
-
-def scattered_twice(x, w, i):
-    y = torch.zeros(N, L).scatter_(1, i, 1.0)
-    return bce(F.linear(x, w), y.scatter_(1, i[:, :1], 0.0))
-
-
-def ones_written(x, w, i):
-    ones = torch.ones(i.shape)
-    ones.view(-1)[2] = 0.5
-    return bce(F.linear(x, w), torch.zeros(N, L).scatter_(1, i, ones))
-
-
-def logsumexp_loss(x, w, y):
-    z = F.linear(x, w)
-    return (z.logsumexp(-1) - z.gather(1, y[:, None])[:, 0]).mean()
-
-
-def pseudo_labels(x, w):
-    z = F.linear(x, w)
-    return ce(z, z.detach().argmax(-1))
-
-
-def dense_target_like_logits(x, w):
-    z = F.linear(x, w)
-    return bce(z, torch.zeros_like(z) + 0.1)
-
-
 def checkpointed_product(x, w, y):
     z = checkpoint(lambda x: F.linear(torch.tanh(x), w), x, use_reentrant=False)
     return ce(z, y)
@@ -183,52 +134,14 @@ def scatter_wrong(**how: Any) -> Any:
 
 REFUSED: dict[str, tuple[Any, Any, Code, str]] = {
     "returned": (lambda x, w: F.linear(x, w), lambda: rows()[:2], Code.LOGITS_ESCAPE, "F.linear"),
-    "used_twice": (logits_used_twice, rows, Code.LOGITS_ESCAPE, "z.mean()"),
     "checkpointed_product": (checkpointed_product, rows, Code.LOGITS_ESCAPE, "F.linear"),
-    "like_logits": (dense_target_like_logits, lambda: rows()[:2], Code.LOGITS_ESCAPE, "F.linear"),
-    "smoothing": (
-        lambda x, w, y: ce(F.linear(x, w), y, label_smoothing=0.1),
-        rows,
-        Code.UNSUPPORTED_ARGUMENT,
-        "label_smoothing",
-    ),
-    "class_weight": (
-        lambda x, w, y, v: ce(F.linear(x, w), y, weight=v),
-        lambda: (*rows(), torch.rand(L)),
-        Code.UNSUPPORTED_ARGUMENT,
-        "weight=v",
-    ),
-    "pos_weight": (
-        lambda x, w, y, v: bce(F.linear(x, w), y, pos_weight=v),
-        lambda: (*dense_rows(), torch.rand(L)),
-        Code.UNSUPPORTED_ARGUMENT,
-        "pos_weight=v",
-    ),
-    "bce_weight": (
-        lambda x, w, y, v: bce(F.linear(x, w), y, weight=v),
-        lambda: (*dense_rows(), torch.rand(L)),
-        Code.UNSUPPORTED_ARGUMENT,
-        "weight=v",
-    ),
-    "soft_classes": (
-        lambda x, w, y: ce(F.linear(x, w), y),
-        lambda: (features(), weight(), torch.rand(N, L).softmax(-1)),
-        Code.UNSUPPORTED_TARGET,
-        "ce(",
-    ),
     "target_gradient": (
         lambda x, w, y: bce(F.linear(x, w), y),
         lambda: (features(), weight(), torch.rand(N, L).requires_grad_()),
-        Code.UNSUPPORTED_TARGET,
+        Code.UNKNOWN_LOSS,
         "bce(",
     ),
-    "random_target": (random_target, dense_rows, Code.UNSUPPORTED_TARGET, "bernoulli"),
-    "no_positives": (
-        lambda x, w: bce(F.linear(x, w), torch.zeros(N, L)),
-        lambda: rows()[:2],
-        Code.UNSUPPORTED_TARGET,
-        "bce(",
-    ),
+    "random_target": (random_target, dense_rows, Code.UNKNOWN_LOSS, "bernoulli"),
     "elements_kept": (
         lambda x, w, y: bce(F.linear(x, w), y, reduction="none"),
         dense_rows,
@@ -263,7 +176,7 @@ REFUSED: dict[str, tuple[Any, Any, Code, str]] = {
     "classes_elsewhere": (
         lambda x, w, y: ce(F.linear(x, w), y),
         lambda: (features(2, 5), weight(), torch.randint(0, 5, (2, L))),
-        Code.UNSUPPORTED_SHAPE,
+        Code.UNKNOWN_LOSS,
         "ce(",
     ),
     "stored_transposed": (
@@ -303,12 +216,6 @@ REFUSED: dict[str, tuple[Any, Any, Code, str]] = {
         Code.WEIGHT_COMPUTED,
         "bfloat16",
     ),
-    "rounded_logits": (
-        lambda x, w, y: ce(F.linear(x, w).bfloat16().float(), y),
-        rows,
-        Code.UNKNOWN_LOSS,
-        "bfloat16",
-    ),
     "scaled_product": (
         lambda x, w, b, y: ce(torch.addmm(b, x, w.t(), beta=0.5), y),
         rows_bias,
@@ -321,29 +228,14 @@ REFUSED: dict[str, tuple[Any, Any, Code, str]] = {
         Code.UNSUPPORTED_SHAPE,
         "addmm",
     ),
-    "sum_of_two_products": (
-        lambda x, w, v, y: ce(F.linear(x, w) + F.linear(x, v), y),
-        lambda: (torch.randn(D).requires_grad_(), weight(), weight(), classes()[0]),
-        Code.UNKNOWN_LOSS,
-        "F.linear(x, v)",
-    ),
-    "temperature": (lambda x, w, y: ce(F.linear(x, w) / 2, y), rows, Code.UNKNOWN_LOSS, "/ 2"),
     "dropout_on_logits": (
         lambda x, w, y: ce(F.dropout(F.linear(x, w), 0.5), y),
         rows,
         Code.UNKNOWN_LOSS,
         "dropout",
     ),
-    "add_": (lambda x, w, y: ce(F.linear(x, w).add_(1.0), y), rows, Code.MUTATION, "add_"),
-    "masked_fill_": (
-        lambda x, w, y, m: ce(F.linear(x, w).masked_fill_(m, -5.0), y),
-        lambda: (*rows(), dense().bool()),
-        Code.MUTATION,
-        "masked_fill_",
-    ),
-    "setitem": (setitem_on_logits, rows, Code.UNKNOWN_LOSS, "z[:, 0]"),
-    "view_written": (view_of_logits_written, rows, Code.LOGITS_ESCAPE, "z.view(-1)"),
-    "one_logit_written": (one_logit_written, rows, Code.LOGITS_ESCAPE, "z"),
+    "view_written": (view_of_logits_written, rows, Code.MUTATION, "z.view(-1)"),
+    "one_logit_written": (one_logit_written, rows, Code.MUTATION, "z"),
     "grad_switched": (no_grad_product, rows, Code.UNKNOWN_LOSS, "F.linear"),
     "features_written": (features_written, no_grad_rows, Code.MUTATION, "x.add_"),
     "features_view_written": (view_of_features_written, no_grad_rows, Code.MUTATION, "view.mul_"),
@@ -351,44 +243,12 @@ REFUSED: dict[str, tuple[Any, Any, Code, str]] = {
     "relu_in_place": (relu_in_place, no_grad_rows, Code.MUTATION, "F.relu"),
     "out_argument": (out_argument, no_grad_rows, Code.MUTATION, "torch.add"),
     "labels_written": (labels_written, label_rows, Code.MUTATION, "i.add_"),
-    "target_column_written": (target_column_written, label_rows, Code.MUTATION, "y[:, 5]"),
-    "dense_column_written": (dense_column_written, lambda: rows()[:2], Code.MUTATION, "y[:, 5]"),
-    "scattered_twice": (scattered_twice, label_rows, Code.MUTATION, "scatter_"),
-    "ones_written": (ones_written, label_rows, Code.MUTATION, "scatter_"),
-    "scatter_half": (scatter_wrong(value=0.5), label_rows, Code.MUTATION, "scatter_"),
-    "scatter_reduce": (scatter_wrong(reduce="add"), label_rows, Code.MUTATION, "scatter_"),
+    "scatter_reduce": (scatter_wrong(reduce="add"), label_rows, Code.UNKNOWN_LOSS, "scatter_"),
     "scatter_rows": (
         scatter_wrong(dim=0),
         lambda: (features(), weight(), torch.randint(0, N, (2, L))),
-        Code.MUTATION,
-        "scatter_",
-    ),
-    "scatter_few_rows": (
-        scatter_wrong(),
-        lambda: (features(), weight(), labels()[:4]),
-        Code.MUTATION,
-        "scatter_",
-    ),
-    "scatter_add_": (
-        lambda x, w, i: bce(F.linear(x, w), torch.zeros(N, L).scatter_add_(1, i, torch.ones(N, 3))),
-        label_rows,
-        Code.MUTATION,
-        "scatter_add_",
-    ),
-    "logsumexp": (logsumexp_loss, rows, Code.LOGITS_ESCAPE, "logsumexp"),
-    "multi_margin": (
-        lambda x, w, y: F.multi_margin_loss(F.linear(x, w), y),
-        rows,
         Code.UNKNOWN_LOSS,
-        "multi_margin_loss",
-    ),
-    "mse": (lambda x, w, y: F.mse_loss(F.linear(x, w), y), dense_rows, Code.UNKNOWN_LOSS, "mse"),
-    "pseudo_labels": (pseudo_labels, lambda: rows()[:2], Code.UNKNOWN_LOSS, "z.detach()"),
-    "distillation": (
-        lambda x, w, v: bce(F.linear(x, w), F.linear(x, v).sigmoid().detach()),
-        lambda: (features(), weight(), weight()),
-        Code.UNKNOWN_LOSS,
-        "sigmoid",
+        "scatter_",
     ),
     "functorch": (
         lambda x, w, y: torch.func.grad(lambda w: ce(F.linear(x, w), y))(w).sum(),
@@ -430,7 +290,7 @@ def _statement(line: int) -> str:
     return "\n".join(Path(__file__).read_text(encoding="utf-8").splitlines()[line - 1 : line + 3])
 
 
-@pytest.mark.parametrize("name", ["returned", "smoothing", "features_written"])
+@pytest.mark.parametrize("name", ["returned", "flipped", "features_written"])
 def test_strict_raises_the_same_text(name):
     program, make, _, _ = REFUSED[name]
     args = make()
@@ -459,7 +319,7 @@ def test_gram_matrix_is_right():
 
 def test_one_head_refused_another_rewritten():
     args = (features(), weight(), weight(), classes())
-    program = lambda x, w, v, y: ce(F.linear(x, w), y) + ce(F.linear(x, v) / 2, y)  # noqa: E731
+    program = lambda x, w, v, y: ce(F.linear(x, w), y) + ce(F.linear(x, v).flip(-1), y)  # noqa: E731
     assert_same(program, args)
     assert [refusal.code for refusal in refusals()] == [Code.UNKNOWN_LOSS]
 

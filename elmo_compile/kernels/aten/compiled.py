@@ -62,7 +62,7 @@ def piece(fn: Callable[..., Any], use_compiled: bool, **flags: Any) -> Callable[
 
 
 def graph_piece(module: fx.GraphModule, use_compiled: bool) -> Callable[..., Any]:
-    """A graph as a piece: it returns a tuple of tensors. Compiled once for each kind of arguments."""
+    """A graph as a piece, returning a tuple; compiled once for each kind of arguments."""
     if not use_compiled:
         return module
     forward = type(module).forward

@@ -124,7 +124,11 @@ def backward(
 
         def sink(start: int, stop: int, gradients: dict[int, Tensor]) -> None:
             for i, g in gradients.items():
-                head, g_CN, w_CD = held.operands[i], held.gradient(i, g), held.weight(i, start, stop)
+                head, g_CN, w_CD = (
+                    held.operands[i],
+                    held.gradient(i, g),
+                    held.weight(i, start, stop),
+                )
                 into = dx[i]
                 if into is not None:
                     into.add(g_CN, w_CD)
@@ -135,9 +139,7 @@ def backward(
                     head.weight.step(start, stop, g_CN, head.x_ND, 1.0)
 
         compiler = functools.partial(graph_piece, use_compiled=held.fast)
-        grads = run(
-            program.backward, inputs, held.chunks, program.num_outputs, compiler, sink
-        )
+        grads = run(program.backward, inputs, held.chunks, program.num_outputs, compiler, sink)
         return ProductGradients(
             [None if d is None else _restored(d, p) for d, p in zip(dx, products)],
             [None if d is None else d.dw_LD for d in dw],
