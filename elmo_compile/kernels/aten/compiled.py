@@ -31,7 +31,7 @@ _INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {
 }
 _lock = threading.RLock()
 _cache: dict[Any, Callable[..., Any]] = {}
-_failure: str | None = None
+_told: set[str] = set()
 
 
 def piece(fn: Callable[..., Any], use_compiled: bool, **flags: Any) -> Callable[..., Any]:
@@ -55,14 +55,17 @@ def piece(fn: Callable[..., Any], use_compiled: bool, **flags: Any) -> Callable[
         if tensors[0].shape[:1] == (1,) or any(t.numel() == 0 for t in tensors):
             return eager(*args)
         key = (fn, tuple(sorted(flags.items())), tuple(_kind(a) for a in args))
-        run = _cache.get(key) or _compile(key, fn, flags, args)
+        run = _cache.get(key) or _compile(key, fn, flags, args, torch._dynamo.mark_dynamic)
         return run(*args)
 
     return call
 
 
 def graph_piece(module: fx.GraphModule, use_compiled: bool) -> Callable[..., Any]:
-    """A graph as a piece, returning a tuple; compiled once for each kind of arguments."""
+    """A graph as a piece, returning a tuple; compiled once for each kind of arguments.
+
+    Sizes that the graph holds as constants (rows of a static batch) stay constants in the code.
+    """
     if not use_compiled:
         return module
     forward = type(module).forward
@@ -72,7 +75,9 @@ def graph_piece(module: fx.GraphModule, use_compiled: bool) -> Callable[..., Any
         if any(t.numel() == 0 for t in tensors):
             return module(*args)
         key = (module, tuple(_kind(a) for a in args))
-        run = _cache.get(key) or _compile(key, forward, {}, (module, *args))
+        run = _cache.get(key) or _compile(
+            key, forward, {}, (module, *args), torch._dynamo.maybe_mark_dynamic
+        )
         return run(module, *args)
 
     return call
@@ -88,32 +93,39 @@ def _kind(value: Any) -> Any:
 
 
 def _compile(
-    key: Any, fn: Callable[..., Any], flags: dict[str, Any], args: tuple[Any, ...]
+    key: Any,
+    fn: Callable[..., Any],
+    flags: dict[str, Any],
+    args: tuple[Any, ...],
+    mark: Callable[[Tensor, int], None],
 ) -> Callable[..., Any]:
-    """Compile a piece on copies of its first arguments; eager, with one warning, if that fails."""
-    global _failure
+    """Compile a piece on copies of its first arguments; eager, and said, if that fails."""
     with _lock:
         if key in _cache:
             return _cache[key]
-        eager = functools.partial(fn, **flags)
-        if _failure is None:
-            try:
-                run = torch.compile(
-                    _own_code(fn, flags), dynamic=True, fullgraph=True, options=_INDUCTOR
-                )
-                run(*_copies(args))
-                _cache[key] = run
-                return run
-            except Exception as error:  # whatever a compiler or its absence raises
-                _failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-                warnings.warn(
-                    "elmo_compile: Inductor could not compile a CPU kernel, so heads run with "
-                    f"eager operations from now on (right, but slower). The cause: {_failure}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-        _cache[key] = eager
-        return eager
+        try:
+            run = torch.compile(
+                _own_code(fn, flags), dynamic=True, fullgraph=True, options=_INDUCTOR
+            )
+            run(*_copies(args, mark))
+        except Exception as error:  # whatever a compiler or its absence raises
+            _tell(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            run = functools.partial(fn, **flags)
+        _cache[key] = run
+        return run
+
+
+def _tell(cause: str) -> None:
+    """Warn about a failure to compile, each cause once."""
+    if cause in _told:
+        return
+    _told.add(cause)
+    warnings.warn(
+        "elmo_compile: Inductor could not compile a CPU kernel, which runs with eager operations "
+        f"from now on (right, but slower). The cause: {cause}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _own_code(fn: Callable[..., Any], flags: dict[str, Any]) -> Callable[..., Any]:
@@ -129,7 +141,7 @@ def _own_code(fn: Callable[..., Any], flags: dict[str, Any]) -> Callable[..., An
     return copy
 
 
-def _copies(args: tuple[Any, ...]) -> list[Any]:
+def _copies(args: tuple[Any, ...], mark: Callable[[Tensor, int], None]) -> list[Any]:
     """Arguments to compile with: nothing of the caller is written, and no two sizes that are equal
     by chance are taken to be equal by meaning."""
     copies = []
@@ -138,14 +150,14 @@ def _copies(args: tuple[Any, ...]) -> list[Any]:
             a = a.detach().clone()
             for dim, size in enumerate(a.shape):
                 if size > 1:
-                    torch._dynamo.mark_dynamic(a, dim)
+                    mark(a, dim)
         copies.append(a)
     return copies
 
 
 def reset() -> None:
-    """Forget compiled pieces and a failed compiler (for tests)."""
-    global _failure
+    """Forget compiled pieces and failures to compile (for tests)."""
     with _lock:
         _cache.clear()
+        _told.clear()
         _failure = None
