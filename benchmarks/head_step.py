@@ -131,7 +131,7 @@ def ours(inputs: Inputs, rounding: str, value: str) -> Step:
         update = Update(lr=LR, rounding=rounding, step=count)  # type: ignore[arg-type]
         count += 1
         first = case.loss == "ce" or value == "exact"
-        stats = aten.forward(problem).stats_N if first else torch.empty(0)
+        stats = aten.forward(problem).stats_2N if first else torch.empty(0)
         need = value == "deferred" and case.loss == "bce"
         aten.backward_update(problem, stats, inputs.scale, update, need_db=False, need_value=need)
 
@@ -143,7 +143,7 @@ def unfused(inputs: Inputs) -> Step:
     problem = _problem(inputs)
 
     def step() -> None:
-        stats = aten.forward(problem).stats_N
+        stats = aten.forward(problem).stats_2N
         dw = aten.backward(problem, stats, inputs.scale, need_db=False).dw_LD
         assert dw is not None
         inputs.w.add_(dw, alpha=-LR)

@@ -171,7 +171,7 @@ def _elmo(case: Case, chunk: int) -> Callable[[], object]:
         update = Update(lr=LR, step=count)
         family.backward_update(
             problem,
-            forward.stats_N,
+            forward.stats_2N,
             scale_N,
             update,
             need_dx=True,

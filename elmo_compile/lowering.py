@@ -48,11 +48,23 @@ def lower(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Ca
     """
     if options.lower == "eager":
         return module
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor import compile_fx
 
     settings: Any = torch.compiler.config
-    with settings.patch(cache_key_tag=cache_tag(options)):
-        compiled: Any = compile_fx(module, list(inputs), config_patches=inductor_config(options))
+    tag = cache_tag(options)
+
+    def inner_compile(*args: Any, **kwargs: Any) -> Any:
+        """Also called when the first backward runs, long after this function returned."""
+        with settings.patch(cache_key_tag=tag):
+            return compile_fx.compile_fx_inner(*args, **kwargs)
+
+    with settings.patch(cache_key_tag=tag):
+        compiled: Any = compile_fx.compile_fx(
+            module,
+            list(inputs),
+            inner_compile=inner_compile,
+            config_patches=inductor_config(options),
+        )
     call: Callable[..., Any] = compiled
     return call
 

@@ -6,14 +6,15 @@ an [N, L] tensor, nor (except as the returned gradient) an [L, D] one.
 
 `forward(p) -> Forward`
     The loss of each row before reduction, and the row statistics its gradient needs.
-`backward(p, stats_N, scale_N, need_dx=, need_dw=, need_db=) -> Gradients`
+`backward(p, stats_2N, scale_N, need_dx=, need_dw=, need_db=) -> Gradients`
     With `g_NL = dloss_n/dz_nl`: dx = scale_n g w, dw = (scale g)^T x, db = (scale g) summed.
-`backward_update(p, stats_N, scale_N, update, need_dx=, need_db=, need_value=) -> UpdateResult`
+`backward_update(p, stats_2N, scale_N, update, need_dx=, need_db=, need_value=) -> UpdateResult`
     The same dx and db from the weight as it was, then the weight (and momentum) updated in place
     chunk by chunk with `update`; a chunk's weight is overwritten only after its last use.
 
 Row losses are summed over outputs in float32 within a chunk and float64 across chunks.
-`stats_N` is the float32 row log-sum-exp for cross entropy and an empty tensor for BCE.
+`stats_2N` is, for cross entropy, the row log-sum-exp as two float32 numbers whose sum it is
+(`numerics.losses.two_parts`), and an empty tensor for BCE.
 Rows ignored by cross entropy have loss 0 and gradient 0.
 Inputs were checked by the caller: shapes, dtypes, devices, label range.
 """
@@ -55,8 +56,8 @@ class HeadProblem:
 class Forward(NamedTuple):
     rows_N: Tensor
     """float32 [N] (float64 for float64 compute): loss of each row, summed over outputs."""
-    stats_N: Tensor
-    """float32 [N] log-sum-exp, or an empty float32 tensor."""
+    stats_2N: Tensor
+    """float32 [2, N] log-sum-exp in two parts (float64 for float64 compute), or an empty tensor."""
 
 
 class Gradients(NamedTuple):

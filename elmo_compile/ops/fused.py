@@ -92,9 +92,9 @@ def fused_head_loss(
     if deferred and serial_if_deferred(handle) is not None and spec.name != CE:
         value, stats = fake_outputs(x, spec, compute)
         return value.fill_(float("nan")), stats
-    rows_N, stats_N = kernels.select(x.device).forward(problem)
+    rows_N, stats_2N = kernels.select(x.device).forward(problem)
     factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
-    return reduce_rows(rows_N, spec, factor), stats_N
+    return reduce_rows(rows_N, spec, factor), stats_2N
 
 
 @fused_head_loss.register_fake

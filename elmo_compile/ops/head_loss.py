@@ -48,9 +48,9 @@ def head_loss(
     spec = LossSpec.decode(loss)
     problem = make_problem(x, weight, bias, target, target_aux, spec, chunk, compute)
     assert_labels(spec, target, target_aux, x.shape[0], weight.shape[0])
-    rows_N, stats_N = kernels.select(x.device).forward(problem)
+    rows_N, stats_2N = kernels.select(x.device).forward(problem)
     factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
-    return reduce_rows(rows_N, spec, factor), stats_N
+    return reduce_rows(rows_N, spec, factor), stats_2N
 
 
 @head_loss.register_fake
@@ -65,7 +65,7 @@ def fake_outputs(x: Tensor, spec: LossSpec, compute: torch.dtype) -> tuple[Tenso
     """Shapes and dtypes of (loss, stats) for features `x`."""
     dtype = accumulate_dtype(compute)
     loss = x.new_empty((x.shape[0],) if spec.reduction == "none" else (), dtype=dtype)
-    stats = x.new_empty((x.shape[0],) if spec.name == CE else (0,), dtype=dtype)
+    stats = x.new_empty((2, x.shape[0]) if spec.name == CE else (0,), dtype=dtype)
     return loss, stats
 
 

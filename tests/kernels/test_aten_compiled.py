@@ -35,9 +35,9 @@ def fresh() -> Iterator[None]:
 
 
 def step(p: HeadProblem, rows: int, **options: Any) -> Tensor:
-    stats_N = aten.forward(p).stats_N
+    stats_2N = aten.forward(p).stats_2N
     update = Update(**{"lr": 0.05, "seed": 3, **options})
-    result = aten.backward_update(p, stats_N, torch.full((rows,), 1 / rows), update)
+    result = aten.backward_update(p, stats_2N, torch.full((rows,), 1 / rows), update)
     return result.dx_ND
 
 

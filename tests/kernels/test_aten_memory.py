@@ -41,15 +41,15 @@ def test_temporaries_are_a_few_chunks(
         kind, num_rows=rows, num_features=features, num_outputs=outputs, weight=weight,
         compute=compute, chunk=chunk,
     )  # fmt: skip
-    stats_N, scale_N = aten.forward(p).stats_N, torch.ones(rows)
+    stats_2N, scale_N = aten.forward(p).stats_2N, torch.ones(rows)
     per_output = 4 * outputs  # bias, its gradient, row keys
     words = 4 * chunk * (rows + features)
     budget = 3 * per_output + 34 * words
     assert budget < outputs * rows * compute.itemsize
     assert budget < outputs * features * weight.itemsize
     assert peak_bytes(aten.forward, p) < budget
-    assert peak_bytes(aten.backward, p, stats_N, scale_N, need_dw=False) < budget
+    assert peak_bytes(aten.backward, p, stats_2N, scale_N, need_dw=False) < budget
     for rounding in ("stochastic", "nearest"):
         update = Update(lr=0.1, rounding=rounding)
-        fused = peak_bytes(aten.backward_update, p, stats_N, scale_N, update, need_value=True)
+        fused = peak_bytes(aten.backward_update, p, stats_2N, scale_N, update, need_value=True)
         assert fused < budget

@@ -25,8 +25,8 @@ STATES = {"none": None, "float32": torch.float32, "bf16": torch.bfloat16}
 def updated(family: object, p: HeadProblem, scale_N: Tensor, **options: object) -> Update:
     """Run `backward_update` of a family on p; its weight and the returned buffer are new."""
     update = Update(**options)  # type: ignore[arg-type]
-    stats_N = reference.forward(p).stats_N
-    family.backward_update(p, stats_N, scale_N, update)  # type: ignore[attr-defined]
+    stats_2N = reference.forward(p).stats_2N
+    family.backward_update(p, stats_2N, scale_N, update)  # type: ignore[attr-defined]
     return update
 
 
@@ -100,7 +100,7 @@ def test_nearest_update_within_budget(weight: str, decay: float) -> None:
     scale_N = torch.rand(7)
     options = {"lr": 0.1, "rounding": "nearest", "weight_decay": decay}
     updated(reference, truth, scale_N, **options)
-    g = aten.backward(eager, aten.forward(eager).stats_N, scale_N).dw_LD
+    g = aten.backward(eager, aten.forward(eager).stats_2N, scale_N).dw_LD
     optimizer = torch.optim.SGD([eager.w_LD], lr=0.1, weight_decay=decay)
     eager.w_LD.grad = g
     optimizer.step()

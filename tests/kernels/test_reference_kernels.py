@@ -21,7 +21,7 @@ def test_equals_autograd(kind: str, bias: bool) -> None:
     torch_result = in_torch(p, scale_N)
     forward = reference.forward(p)
     torch.testing.assert_close(forward.rows_N, torch_result.rows_N)
-    got = reference.backward(p, forward.stats_N, scale_N)
+    got = reference.backward(p, forward.stats_2N, scale_N)
     torch.testing.assert_close(got.dx_ND, torch_result.dx_ND)
     torch.testing.assert_close(got.dw_LD, torch_result.dw_LD)
     if bias:
@@ -40,8 +40,8 @@ def test_update_equals_torch_sgd(momentum: float, nesterov: bool, weight_decay: 
     )
     buffer = torch.zeros_like(p.w_LD) if momentum else None
     for step in range(3):
-        stats_N = reference.forward(p).stats_N
-        w.grad = reference.backward(p, stats_N, scale_N).dw_LD
+        stats_2N = reference.forward(p).stats_2N
+        w.grad = reference.backward(p, stats_2N, scale_N).dw_LD
         optimizer.step()
         update = Update(
             lr=0.1,
@@ -51,5 +51,5 @@ def test_update_equals_torch_sgd(momentum: float, nesterov: bool, weight_decay: 
             buffer=buffer,
             step=step,
         )
-        reference.backward_update(p, stats_N, scale_N, update)
+        reference.backward_update(p, stats_2N, scale_N, update)
         torch.testing.assert_close(p.w_LD, w.detach())

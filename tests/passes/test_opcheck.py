@@ -57,7 +57,7 @@ def test_head_loss(form, reduction):
 def test_head_loss_backward():
     x, w, b = (tensor.detach() for tensor in head())
     spec = LossSpec(name=CE, targets="classes").encode()
-    target, stats = torch.randint(0, L, (N,)), torch.randn(N)
+    target, stats = torch.randint(0, L, (N,)), torch.randn(2, N)
     args = (torch.ones(()), x, w, b, target, None, stats, spec, *CONFIG, True, True, True)
     for wide_dw in (False, True):
         op = torch.ops.elmo.head_loss_backward.default

@@ -229,13 +229,13 @@ def test_the_kernels_stay_within_the_plan(loss, rows, outputs, dtype, fused):
     scale_N = torch.full((rows,), 1 / rows)
 
     def step():
-        stats_N = aten.forward(problem).stats_N
+        stats_2N = aten.forward(problem).stats_2N
         if fused:
             flags = {"need_dx": True, "need_db": False, "need_value": False}
-            aten.backward_update(problem, stats_N, scale_N, Update(lr=0.1), **flags)
+            aten.backward_update(problem, stats_2N, scale_N, Update(lr=0.1), **flags)
         else:
             flags = {"need_dx": True, "need_dw": True, "need_db": False}
-            aten.backward(problem, stats_N, scale_N, **flags)
+            aten.backward(problem, stats_2N, scale_N, **flags)
 
     step()
     gradient = sum(t.bytes for t in memory.after if t.name == "weight gradient")

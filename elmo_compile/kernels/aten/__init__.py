@@ -47,8 +47,8 @@ def forward(p: HeadProblem) -> Forward:
     head = Head(p)
     if head.loss.is_ce:
         softmax = SoftmaxRows(head)
-        for start, stop, z_NC in head.row_chunks():
-            softmax.add(z_NC, start, stop)
+        for start, stop, _, z_CN in head.chunks():
+            softmax.add(z_CN, start, stop)
         return softmax.result()
     binary = BinaryRows(head)
     for start, stop, _, z_CN in head.chunks():
@@ -59,7 +59,7 @@ def forward(p: HeadProblem) -> Forward:
 @_plain_mode
 def backward(
     p: HeadProblem,
-    stats_N: Tensor,
+    stats_2N: Tensor,
     scale_N: Tensor,
     *,
     need_dx: bool = True,
@@ -68,7 +68,7 @@ def backward(
 ) -> Gradients:
     """Gradients of the head from recomputed logits: one product and one for each of dx and dw."""
     head = Head(p)
-    stats = head.row_statistics(stats_N)
+    stats = head.row_statistics(stats_2N)
     xs_ND, scale = head.scaled_features(scale_N)
     dx = FeatureGradient(head) if need_dx else None
     dw = WeightGradient(head) if need_dw else None
@@ -91,7 +91,7 @@ def backward(
 @_plain_mode
 def backward_update(
     p: HeadProblem,
-    stats_N: Tensor,
+    stats_2N: Tensor,
     scale_N: Tensor,
     update: Update,
     *,
@@ -101,7 +101,7 @@ def backward_update(
 ) -> UpdateResult:
     """Gradients of features and bias, and the weight updated in place: three products."""
     head = Head(p, update)
-    stats = head.row_statistics(stats_N)
+    stats = head.row_statistics(stats_2N)
     xs_ND, scale = head.scaled_features(scale_N)
     dx = FeatureGradient(head) if need_dx else None
     db = BiasGradient(head, scale_N) if need_db else None
@@ -118,8 +118,9 @@ def backward_update(
         if db is not None:
             db.put(start, stop, g_CN)
         head.weight.step(start, stop, g_CN, xs_ND, scale)
+    rows_N = None if values is None else values.result().rows_N
     return UpdateResult(
         None if dx is None else dx.result(scale_N),
         None if db is None else db.db_L,
-        scores.losses(stats_N) if scores else values.result().rows_N if values else None,
+        scores.losses(stats_2N.double().sum(0)) if scores else rows_N,
     )

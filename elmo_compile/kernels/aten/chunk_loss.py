@@ -71,10 +71,8 @@ class ChunkLoss:
             parts = piece(pieces.bce_rows, self.fast, lanes=self.lanes)(self.words(z_CN), bias)
         return self.join(parts).double()
 
-    def target_logits(
-        self, z: Tensor, start: int, stop: int, by_rows: bool = False
-    ) -> _Picked | None:
-        """The logits, bias included, at the targets of a chunk: z [C, N], or [N, C] by rows."""
+    def target_logits(self, z_CN: Tensor, start: int, stop: int) -> _Picked | None:
+        """The logits, bias included, at the targets of a chunk."""
         if self.positives is None:
             return None
         first, last = self._bounds[start // self.p.chunk], self._bounds[start // self.p.chunk + 1]
@@ -82,8 +80,8 @@ class ChunkLoss:
             return None
         rows_M, cols_M, values_M = self.positives
         rows_M, cols_M = rows_M[first:last], cols_M[first:last] - start
-        flat_M = rows_M * z.shape[1] + cols_M if by_rows else cols_M * z.shape[1] + rows_M
-        z_M = z.view(-1)[flat_M].to(self.work)
+        flat_M = cols_M * z_CN.shape[1] + rows_M
+        z_M = z_CN.view(-1)[flat_M].to(self.work)
         bias = self.bias(start, stop)
         if bias is not None:
             z_M = z_M + bias.squeeze(1)[cols_M]
@@ -94,7 +92,7 @@ class ChunkLoss:
         z_CN: Tensor,
         start: int,
         stop: int,
-        stats: tuple[Tensor, Tensor | None] | None,
+        stats: tuple[Tensor, Tensor] | None,
         rows_N: Tensor | None = None,
     ) -> Tensor:
         """z_CN <- dloss/dz, unscaled, rounded to z's dtype.
@@ -118,20 +116,21 @@ class ChunkLoss:
             run(self.words(z_CN), bias, *stats)
         else:
             run = piece(pieces.ce_dense_gradient_, self.fast)
-            run(z_CN, bias, stats[0], self.total_N, y_CN)
+            run(z_CN, bias, *stats, self.total_N, y_CN)
         if picked is not None:
             z_CN.view(-1)[picked.flat_M] = self._target_gradient(picked, stats).to(z_CN.dtype)
         return z_CN
 
-    def _target_gradient(
-        self, picked: _Picked, stats: tuple[Tensor, Tensor | None] | None
-    ) -> Tensor:
+    def _target_gradient(self, picked: _Picked, stats: tuple[Tensor, Tensor] | None) -> Tensor:
         """Gradient at the targets, formed in arithmetic precision without cancellation."""
         if stats is None:
             return losses.positive_gradient(picked.z_M, picked.values_M)
-        even, odd = stats
-        lse_N = even if odd is None else torch.stack((even, odd), 1).view(-1)
-        return losses.ce_target_gradient(picked.z_M, lse_N[picked.rows_M])
+        first, second = stats
+        if self.lanes:
+            lse_N = torch.stack((first, second), 1).view(-1)
+            return losses.ce_target_gradient(picked.z_M - lse_N[picked.rows_M])
+        log_p_M = picked.z_M - first[picked.rows_M] - second[picked.rows_M]
+        return losses.ce_target_gradient(log_p_M)
 
 
 class _Picked:

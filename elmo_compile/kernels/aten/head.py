@@ -90,12 +90,6 @@ class Head(Operands):
             z_CN = torch.mm(w_CD, self.x_ND.t(), out=self._logits[: stop - start])
             yield start, stop, w_CD, z_CN
 
-    def row_chunks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(start, stop, logits [N, C] without bias) of each chunk."""
-        for start in range(0, self.num_outputs, self.chunk):
-            stop = min(start + self.chunk, self.num_outputs)
-            yield start, stop, self.row_logits(start, stop)[1]
-
     def scaled_features(self, scale_N: Tensor) -> tuple[Tensor, float]:
         """`(x scale / s, s)` with `s = max |scale|` (1 where all are 0)."""
         scale_N = scale_N.detach().to(self.work)
@@ -106,15 +100,20 @@ class Head(Operands):
         scaled_ND = (self.x_ND.to(self.work) * relative_N[:, None]).to(self.operand)
         return scaled_ND, largest
 
-    def row_statistics(self, stats_N: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """The rows' log-sum-exp as the gradient wants it; infinite (p = 0) where ignored."""
+    def row_statistics(self, stats_2N: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The rows' log-sum-exp as the gradient wants it; infinite (p = 0) where ignored.
+
+        Lanes take the large parts of even and of odd rows, since their probabilities are rounded
+        to bf16; else it is the large and the small part of every row.
+        """
         if not self.loss.is_ce:
             return None
-        lse_N = stats_N.detach().to(self.work)
+        high_N, low_N = stats_2N.detach().to(self.work)
         if self.p.loss.targets == "classes":
             assert isinstance(self.p.target, Tensor)
-            lse_N = torch.where(self.p.target == self.p.loss.ignore_index, torch.inf, lse_N)
-        return self.loss.split(lse_N, torch.inf)
+            high_N = torch.where(self.p.target == self.p.loss.ignore_index, torch.inf, high_N)
+        first, odd = self.loss.split(high_N, torch.inf)
+        return first, self.loss.split(low_N, 0.0)[0] if odd is None else odd
 
 
 class FeatureGradient:

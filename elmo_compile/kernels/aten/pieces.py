@@ -1,9 +1,8 @@
 """The element-wise parts of a head step, as functions that run eagerly and compiled alike.
 
 Logits are held transposed, z [C, N] for a chunk of C outputs, because the product w_c x^T is the
-fastest of the layouts (benchmarks/NOTES.md); only the log-sum-exp has them as z [N, C]. A bf16
-chunk comes as `lanes`: int32 [C, N/2], rows n and n + 1 of the batch in one word; then whatever has
-one entry a row comes as a pair of tensors.
+fastest of the layouts (benchmarks/NOTES.md). A bf16 chunk comes as `lanes`: int32 [C, N/2], rows n
+and n + 1 of the batch in one word; then whatever has one entry a row comes as a pair of tensors.
 `parts` below are the one or two tensors that stand for z. Arithmetic is float32, float64 for
 float64. Shapes: C outputs of a chunk, N rows.
 """
@@ -41,22 +40,25 @@ def bce_dense_gradient_(z: Tensor, bias_C1: Tensor | None, y_CN: Tensor) -> None
 
 
 def ce_gradient_(
-    z: Tensor, bias_C1: Tensor | None, lse: Tensor, lse_odd: Tensor | None, *, lanes: bool
+    z: Tensor, bias_C1: Tensor | None, lse: Tensor, second: Tensor, *, lanes: bool
 ) -> None:
-    """z <- softmax(z + bias) from the rows' log-sum-exp; targets are patched afterwards."""
+    """z <- softmax(z + bias) from the rows' log-sum-exp; targets are patched afterwards.
+
+    `second` is the odd rows' log-sum-exp for lanes, else the small part of each row's.
+    """
     parts = _load(z, bias_C1, lanes)
-    stats = (lse,) if lse_odd is None else (lse, lse_odd)
-    _store(z, [torch.exp(v - row) for v, row in zip(parts, stats)], lanes)
+    logs = [v - row for v, row in zip(parts, (lse, second))] if lanes else [parts[0] - lse - second]
+    _store(z, [torch.exp(log) for log in logs], lanes)
 
 
 def ce_dense_gradient_(
-    z: Tensor, bias_C1: Tensor | None, lse_N: Tensor, total_N: Tensor, y_CN: Tensor
+    z: Tensor, bias_C1: Tensor | None, lse_N: Tensor, low_N: Tensor, total_N: Tensor, y_CN: Tensor
 ) -> None:
     """z <- total p - y for targets y that sum to `total`: `(total - y) p + y (p - 1)`."""
     (v,) = _load(z, bias_C1, False)
     y = y_CN.to(v.dtype)
-    rest = (total_N - y) * torch.exp(v - lse_N)
-    z.copy_(rest + y * losses.ce_target_gradient(v, lse_N))
+    log_p = v - lse_N - low_N
+    z.copy_((total_N - y) * torch.exp(log_p) + y * losses.ce_target_gradient(log_p))
 
 
 def bce_rows(z: Tensor, bias_C1: Tensor | None, *, lanes: bool) -> tuple[Tensor, ...]:
@@ -70,23 +72,16 @@ def bce_dense_rows(z: Tensor, bias_C1: Tensor | None, y_CN: Tensor) -> tuple[Ten
     return (losses.bce_value(v, y_CN.to(v.dtype)).sum(0),)
 
 
-def row_exponentials(
-    z_NC: Tensor, bias: Tensor | None, bias_odd: Tensor | None, *, lanes: bool
-) -> tuple[Tensor, Tensor]:
+def row_exponentials(z: Tensor, bias_C1: Tensor | None, *, lanes: bool) -> tuple[Tensor, ...]:
     """Largest logit `top` of each row and `sum_c e^(z - top)`; 0 for top in a row of -inf alone.
 
-    Logits lie along rows here, so that both passes over a row stay in the first-level cache.
+    Returns the tops (of even and of odd rows for lanes), then the sums likewise.
     """
-    parts = _load(z_NC, None, lanes)
-    if bias is not None:
-        biases = (bias,) if bias_odd is None else (bias, bias_odd)
-        parts = tuple(v + b for v, b in zip(parts, biases))
-    top_N = parts[0].amax(1)
-    if len(parts) == 2:
-        top_N = torch.maximum(top_N, parts[1].amax(1))
-    top_N = torch.where(top_N == -torch.inf, 0.0, top_N)
-    sums = [torch.exp(v - top_N.unsqueeze(1)).sum(1) for v in parts]
-    return top_N, sums[0] if len(sums) == 1 else sums[0] + sums[1]
+    parts = _load(z, bias_C1, lanes)
+    tops = [v.amax(0) for v in parts]
+    tops = [torch.where(top == -torch.inf, 0.0, top) for top in tops]
+    sums = [torch.exp(v - top).sum(0) for v, top in zip(parts, tops)]
+    return *tops, *sums
 
 
 def weighted_sums(

@@ -12,8 +12,8 @@ from torch import Tensor
 from elmo_compile.kernels.aten import pieces
 from elmo_compile.kernels.aten.compiled import piece
 from elmo_compile.kernels.aten.head import Head
-from elmo_compile.kernels.aten.lanes import as_words
 from elmo_compile.kernels.problem import Forward
+from elmo_compile.numerics import losses
 
 
 class BinaryRows:
@@ -42,22 +42,22 @@ class TargetScores:
         self._head, self._loss = head, head.loss
         self._score_N = torch.zeros(head.num_rows, dtype=torch.float64)
 
-    def add(self, z: Tensor, start: int, stop: int, by_rows: bool = False) -> None:
-        """Add a chunk's logits [C, N], or [N, C] by rows."""
+    def add(self, z_CN: Tensor, start: int, stop: int) -> None:
+        """Add a chunk's logits."""
         y_CN = self._loss.dense_of(start, stop)
         if y_CN is not None:
-            z_CN, bias = z.t() if by_rows else z, self._loss.bias(start, stop)
+            bias = self._loss.bias(start, stop)
             z_CN = z_CN.to(self._head.work)
             z_CN = z_CN if bias is None else z_CN + bias
             self._score_N += (y_CN * z_CN).sum(0, dtype=torch.float64)
             return
-        picked = self._loss.target_logits(z, start, stop, by_rows)
+        picked = self._loss.target_logits(z_CN, start, stop)
         if picked is not None:
             self._score_N[picked.rows_M] = picked.z_M.double()
 
     def losses(self, lse_N: Tensor) -> Tensor:
-        """Row losses `(sum y) lse - sum y z`, 0 where ignored."""
-        p, lse_N = self._head.p, lse_N.double()
+        """Row losses `(sum y) lse - sum y z`, 0 where ignored, from a float64 log-sum-exp."""
+        p = self._head.p
         if self._loss.total_N is not None:
             rows_N = self._loss.total_N * lse_N - self._score_N
         else:
@@ -75,18 +75,14 @@ class SoftmaxRows:
         self._sum_N = torch.zeros(head.num_rows, dtype=torch.float64)
         self._scores = TargetScores(head)
 
-    def add(self, z_NC: Tensor, start: int, stop: int) -> None:
-        """Add a chunk's logits."""
-        # Words of two logits need an even number of columns; an odd last chunk runs eagerly.
-        lanes = self._loss.lanes and z_NC.shape[1] % 2 == 0
-        even, odd = self._loss.bias_L1, None
-        if even is not None:
-            bias_C = even[start:stop, 0]
-            even, odd = (bias_C[0::2], bias_C[1::2]) if lanes else (bias_C, None)
-        fast = self._loss.fast and (lanes or not self._loss.lanes)
-        run = piece(pieces.row_exponentials, fast, lanes=lanes)
-        top_N, sum_N = run(as_words(z_NC) if lanes else z_NC, even, odd)
-        top_N, sum_N = top_N.double(), sum_N.double()
+    def add(self, z_CN: Tensor, start: int, stop: int) -> None:
+        """Add a chunk's logits: those of the very product that the gradient will see. Rounded in
+        another order, a row's largest logit would not fit its log-sum-exp."""
+        run = piece(pieces.row_exponentials, self._loss.fast, lanes=self._loss.lanes)
+        made = run(self._loss.words(z_CN), self._loss.bias(start, stop))
+        half = len(made) // 2
+        top_N = self._loss.join(made[:half]).double()
+        sum_N = self._loss.join(made[half:]).double()
         # A maximum of -inf (masked outputs alone so far) keeps out of the exponents.
         top_N = torch.where(sum_N == 0, -torch.inf, top_N)
         together_N = torch.maximum(self._top_N, top_N)
@@ -94,9 +90,9 @@ class SoftmaxRows:
         self._sum_N = self._sum_N * torch.exp(self._top_N - safe_N)
         self._sum_N += sum_N * torch.exp(top_N - safe_N)
         self._top_N = together_N
-        self._scores.add(z_NC, start, stop, by_rows=True)
+        self._scores.add(z_CN, start, stop)
 
     def result(self) -> Forward:
         """Row losses and log-sum-exp."""
         lse_N = self._top_N + self._sum_N.log()
-        return Forward(self._scores.losses(lse_N), lse_N.to(self._head.work))
+        return Forward(self._scores.losses(lse_N), losses.two_parts(lse_N, self._head.work))

@@ -27,7 +27,7 @@ def forward(p: HeadProblem) -> Forward:
     if p.loss.name == CE:
         lse_N = z_NL.logsumexp(1)
         rows_N = (y_NL * (lse_N[:, None] - z_NL)).sum(1)
-        return Forward(rows_N, lse_N)
+        return Forward(rows_N, losses.two_parts(lse_N, lse_N.dtype))
     no_stats = torch.empty(0, dtype=torch.float32, device=z_NL.device)
     return Forward(losses.bce_value(z_NL, y_NL).sum(1), no_stats)
 
@@ -35,7 +35,7 @@ def forward(p: HeadProblem) -> Forward:
 @torch.no_grad()
 def backward(
     p: HeadProblem,
-    stats_N: Tensor,
+    stats_2N: Tensor,
     scale_N: Tensor,
     *,
     need_dx: bool = True,
@@ -43,7 +43,7 @@ def backward(
     need_db: bool = True,
 ) -> Gradients:
     """`dx = scale_n g w`, `dw = (scale g)^T x`, `db = sum_n scale g` with `g = dloss_n/dz_nl`."""
-    g_NL = scale_N.to(_arithmetic(p))[:, None] * _logit_gradient(p, stats_N)
+    g_NL = scale_N.to(_arithmetic(p))[:, None] * _logit_gradient(p, stats_2N)
     dw_LD = g_NL.t() @ _features(p) if need_dw else None
     if dw_LD is not None and p.w_LD.dtype != torch.float8_e4m3fn and not p.wide_dw:
         dw_LD = dw_LD.to(p.w_LD.dtype)
@@ -55,7 +55,7 @@ def backward(
 @torch.no_grad()
 def backward_update(
     p: HeadProblem,
-    stats_N: Tensor,
+    stats_2N: Tensor,
     scale_N: Tensor,
     update: Update,
     *,
@@ -65,7 +65,7 @@ def backward_update(
 ) -> UpdateResult:
     """dx and db from the weight as it was; then weight and momentum are updated in place."""
     rows_N = forward(p).rows_N if need_value else None
-    g_NL = scale_N.to(_arithmetic(p))[:, None] * _logit_gradient(p, stats_N)
+    g_NL = scale_N.to(_arithmetic(p))[:, None] * _logit_gradient(p, stats_2N)
     dx_ND = g_NL @ _weight(p) if need_dx else None
     db_L = g_NL.sum(0) if need_db else None
     work = _arithmetic(p)
@@ -143,11 +143,11 @@ def _targets(p: HeadProblem) -> Tensor:
     return y.index_put_((rows_N, p.target[counted_N]), torch.ones((), dtype=work, device=y.device))
 
 
-def _logit_gradient(p: HeadProblem, stats_N: Tensor) -> Tensor:
+def _logit_gradient(p: HeadProblem, stats_2N: Tensor) -> Tensor:
     """`g_nl = dloss_n/dz_nl`: `sigmoid(z) - y`, or `(sum_l y) p - y` with `p = e^(z - lse)`."""
     z_NL, y_NL = _logits(p), _targets(p)
     if p.loss.name == CE:
-        lse_N1 = stats_N.to(z_NL.dtype)[:, None]
-        rest_NL = (y_NL.sum(1, keepdim=True) - y_NL) * torch.exp(z_NL - lse_N1)
-        return rest_NL + y_NL * losses.ce_target_gradient(z_NL, lse_N1)
+        log_p_NL = z_NL - stats_2N.to(z_NL.dtype).sum(0)[:, None]
+        rest_NL = (y_NL.sum(1, keepdim=True) - y_NL) * torch.exp(log_p_NL)
+        return rest_NL + y_NL * losses.ce_target_gradient(log_p_NL)
     return losses.bce_gradient(z_NL, y_NL)

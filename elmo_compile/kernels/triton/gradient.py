@@ -23,6 +23,15 @@ from elmo_compile.kernels.triton.targets import bce_tile, class_hits, dense_tile
 from elmo_compile.numerics.losses import CE
 
 
+@triton.jit
+def _log_probability(z, lse_ptr, n0, rows, N):
+    """z minus the row's log-sum-exp, given in two parts [2, N]."""
+    row_real = rows < N - n0
+    high = tl.load(lse_ptr + n0 + rows, mask=row_real, other=0.0)
+    low = tl.load(lse_ptr + N + n0 + rows, mask=row_real, other=0.0)
+    return (z - high[:, None]) - low[:, None]
+
+
 @triton.jit(do_not_specialize=["first_output"])
 def _gradient_kernel(
     x_ptr,
@@ -71,14 +80,14 @@ def _gradient_kernel(
         hit, here, counted = class_hits(
             target_ptr, n0, l0, first_output, N, ignore_index, BLOCK_L, BLOCK_N
         )
-        t = z - tl.load(lse_ptr + n0 + rows, mask=row_real, other=0.0)[:, None]
+        t = _log_probability(z, lse_ptr, n0, rows, N)
         at_class = tile_sum(tl.where(hit, t, 0.0), 1)
         g = tl.where(hit, expm1_nonpositive(at_class)[:, None], tl.exp(t))
         g = tl.where(counted[:, None], g, 0.0)
         if value_ptr is not None:
             tl.store(value_ptr + n0 + rows, -at_class, mask=here)
     elif lse_ptr is not None:
-        t = z - tl.load(lse_ptr + n0 + rows, mask=row_real, other=0.0)[:, None]
+        t = _log_probability(z, lse_ptr, n0, rows, N)
         mass = tl.load(mass_ptr + n0 + rows, mask=row_real, other=0.0)[:, None]
         y = dense_tile(target_ptr, target_n, target_l, n0, l0, N, L, BLOCK_L, BLOCK_N)
         g = (mass - y) * tl.exp(t) + y * expm1_nonpositive(t)
@@ -107,15 +116,15 @@ class Gradient:
     """[N, chunk rounded up to 128] of the compute type: the last filled chunk, times the call's
     `gradient_scale`. What is past a chunk's end is finite and not used."""
 
-    def __init__(self, c: Call, stats_N: Tensor, need_value: bool) -> None:
+    def __init__(self, c: Call, stats_2N: Tensor, need_value: bool) -> None:
         N, _, _ = c.shape
         self._tile = tile = c.logits_tile(value=need_value)
         self._call = c
-        self._lse_N = stats_N if c.problem.loss.name == CE else None
+        self._lse_2N = stats_2N if c.problem.loss.name == CE else None
         self._block_n = batch_block(tile.rows, N)
         self._targets: Targets = prepare_targets(c, c.chunk, tile.columns)
         self._mass_N = None
-        if self._lse_N is not None and self._targets.kind == "dense":
+        if self._lse_2N is not None and self._targets.kind == "dense":
             self._mass_N = self._targets.mass().float()
         self.g_NL = c.x_ND.new_zeros((N, -(-c.chunk // 128) * 128))
         self._value = None
@@ -140,7 +149,7 @@ class Gradient:
             c.x_ND,
             c.w_LD[start:stop],
             None if c.b_L is None else c.b_L[start:stop],
-            self._lse_N,
+            self._lse_2N,
             self._mass_N,
             self.g_NL,
             self._value,

@@ -32,7 +32,7 @@ def forward(p: HeadProblem) -> Forward:
 @torch.no_grad()
 def backward(
     p: HeadProblem,
-    stats_N: Tensor,
+    stats_2N: Tensor,
     scale_N: Tensor,
     *,
     need_dx: bool = True,
@@ -42,7 +42,7 @@ def backward(
     """Gradients of `sum_n scale_n loss_n`, chunk by chunk.
 
     Args:
-        p: the call. stats_N: as `forward` gave it. scale_N: float32 [N], any strides.
+        p: the call. stats_2N: as `forward` gave it. scale_N: float32 [N], any strides.
         need_dx, need_dw, need_db: what to compute; the rest is None.
     """
     with torch.cuda.device_of(p.x_ND):
@@ -55,14 +55,14 @@ def backward(
             if dw_LD is not None:
                 product.store(g_NL, dw_LD[start:stop])
 
-        dx_ND, db_L, _ = _walk(c, stats_N, scale_N, need_dx, need_db, False, consume)
+        dx_ND, db_L, _ = _walk(c, stats_2N, scale_N, need_dx, need_db, False, consume)
         return Gradients(dx_ND, dw_LD, db_L)
 
 
 @torch.no_grad()
 def backward_update(
     p: HeadProblem,
-    stats_N: Tensor,
+    stats_2N: Tensor,
     scale_N: Tensor,
     update: Update,
     *,
@@ -76,7 +76,7 @@ def backward_update(
     The writes are the kernels' own: the caller increments the version counters.
 
     Args:
-        p: the call. stats_N: as `forward` gave it. scale_N: float32 [N], any strides.
+        p: the call. stats_2N: as `forward` gave it. scale_N: float32 [N], any strides.
         update: hyper-parameters, momentum and rounding counters.
         need_dx, need_db, need_value: what else to compute; the rest is None.
         guard: None, or one int32 on the device: not zero leaves weight and momentum as they are.
@@ -87,12 +87,12 @@ def backward_update(
         def consume(g_NL: Tensor, product: WeightGradient, start: int, stop: int) -> None:
             product.update(g_NL, start, stop, update, guard)
 
-        return UpdateResult(*_walk(c, stats_N, scale_N, need_dx, need_db, need_value, consume))
+        return UpdateResult(*_walk(c, stats_2N, scale_N, need_dx, need_db, need_value, consume))
 
 
 def _walk(
     c: Call,
-    stats_N: Tensor,
+    stats_2N: Tensor,
     scale_N: Tensor,
     need_dx: bool,
     need_db: bool,
@@ -101,7 +101,7 @@ def _walk(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, db, row losses): each chunk's gradient goes to dx, db and `consume`, in this order."""
     scale_N = scale_N.float().contiguous()
-    gradient = Gradient(c, stats_N.contiguous(), need_value)
+    gradient = Gradient(c, stats_2N.contiguous(), need_value)
     features = FeatureGradient(c) if need_dx else None
     product = WeightGradient(c, scale_N)
     db_L = c.x_ND.new_empty((c.shape[2],), dtype=torch.float32) if need_db else None

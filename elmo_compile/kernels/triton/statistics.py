@@ -15,6 +15,7 @@ from elmo_compile.kernels.triton.device_math import ceil_div, tile_max, tile_sum
 from elmo_compile.kernels.triton.launch import Call, prepare_targets
 from elmo_compile.kernels.triton.product import logits_tile
 from elmo_compile.kernels.triton.targets import bce_tile, class_hits, dense_tile
+from elmo_compile.numerics.losses import two_parts
 
 
 @triton.jit
@@ -162,7 +163,7 @@ def bce_rows(c: Call) -> Tensor:
 
 
 def ce_rows(c: Call) -> tuple[Tensor, Tensor]:
-    """float32 [N] losses (0 where ignored) and float32 [N] log-sum-exps.
+    """float32 [N] losses (0 where ignored) and float32 [2, N] log-sum-exps in two parts.
 
     A class outside [0, L) that is not the ignored one gives NaN.
     """
@@ -185,4 +186,4 @@ def ce_rows(c: Call) -> tuple[Tensor, Tensor]:
     else:
         rows_N = lse_N - at_target
         rows_N = rows_N.masked_fill_(targets.target == c.problem.loss.ignore_index, 0.0)
-    return rows_N.float(), lse_N.float()
+    return rows_N.float(), two_parts(lse_N, torch.float32)

@@ -63,7 +63,7 @@ def check_step(p: HeadProblem, device: str) -> None:
     value = family.forward(q)
     assert_within_budget(value.rows_N.cpu(), truth.rows_N, same.rows_N, what="rows")
     assert value.rows_N.dtype == torch.float32
-    got = family.backward(q, value.stats_N, scale_N.to(device))
+    got = family.backward(q, value.stats_2N, scale_N.to(device))
     assert_within_budget(got.dx_ND.cpu(), truth.dx_ND, same.dx_ND, what="dx")
     assert got.dx_ND.dtype == torch.float32
     stored = torch.float32 if p.w_LD.dtype == FP8 else p.w_LD.dtype

@@ -96,8 +96,8 @@ def test_value_in_the_update_pass_is_forward_s(kind: str, device: str) -> None:
     p = moved(make(kind, "bf16", num_rows=5, num_outputs=70, chunk=40), device)
     first = family.forward(p)
     scale = scale_of(p).to(device)
-    expected = family.backward(p, first.stats_N, scale)
-    got = family.backward_update(p, first.stats_N, scale, Update(lr=0.1), need_value=True)
+    expected = family.backward(p, first.stats_2N, scale)
+    got = family.backward_update(p, first.stats_2N, scale, Update(lr=0.1), need_value=True)
     torch.testing.assert_close(got.rows_N, first.rows_N, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got.dx_ND, expected.dx_ND, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got.db_L, expected.db_L, rtol=1e-6, atol=1e-6)
@@ -144,7 +144,7 @@ def test_confident_positive_keeps_its_gradient(kind: str, z: float, device: str)
         x_ND=x, w_LD=w, b_L=None, target=target, loss=spec, chunk=2, compute_dtype=torch.bfloat16
     )
     p = moved(p, device)
-    stats = family.forward(p).stats_N
+    stats = family.forward(p).stats_2N
     dw = family.backward(p, stats, torch.ones(1, device=device)).dw_LD
     assert float(dw[0]) == pytest.approx(-1 / (1 + math.exp(z)), rel=0.01)
 
@@ -154,7 +154,7 @@ def test_ignored_rows_have_neither_loss_nor_gradient(device: str) -> None:
     p = dataclasses.replace(p, target=torch.full_like(p.target, -100))
     first = family.forward(p)
     assert torch.equal(first.rows_N, torch.zeros(4, device=device))
-    for gradient in family.backward(p, first.stats_N, torch.ones(4, device=device)):
+    for gradient in family.backward(p, first.stats_2N, torch.ones(4, device=device)):
         assert not gradient.any()
 
 

@@ -95,7 +95,7 @@ def test_update_is_the_unfused_one(kind: str, device: str) -> None:
     """From dw of the same kernels: the same weights, up to the order of float32 operations."""
     p = moved(make(kind, "fp32", num_rows=9, num_features=21, num_outputs=70, chunk=40), device)
     scale = scale_of(p).to(device)
-    stats = family.forward(p).stats_N
+    stats = family.forward(p).stats_2N
     expected = p.w_LD - 0.1 * (family.backward(p, stats, scale).dw_LD + 0.01 * p.w_LD)
     family.backward_update(p, stats, scale, Update(lr=0.1, weight_decay=0.01))
     torch.testing.assert_close(p.w_LD, expected, rtol=1e-6, atol=1e-7)
