@@ -25,8 +25,10 @@ _WEIGHT_VIEWS = frozenset(
     {"t", "transpose", "permute", "swapaxes", "to", "float", "bfloat16", "half", "double"}
 )
 _WEIGHT_VIEW_FUNCTIONS = frozenset(
-    {torch.t, torch.transpose, torch.permute, torch.swapaxes, torch.swapdims}
-)
+    {torch.t, torch.transpose, torch.permute, torch.swapaxes, torch.swapdims,
+     torch.ops.aten.numpy_T, torch.ops.aten.matrix_H, torch.ops.aten.mT, torch.ops.aten.mH}
+)  # fmt: skip
+"""The overload packets are how torch 2.15 writes `w.T` and its like."""
 _LIKE = frozenset({torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like})
 _TAIL_METHODS = frozenset({"sum", "mean", "div", "mul", "float", "to", "double"})
 

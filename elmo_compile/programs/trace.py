@@ -208,6 +208,10 @@ def _table() -> dict[Any, Callable[..., Any]]:
     table[aten.copy.default] = lambda into, source, non_blocking=False: source.to(
         into.dtype
     ).expand(into.shape)
+    # torch 2.15 writes `z[:, 0] = 1.0` so; the value does not depend on what was there.
+    table[aten.fill.Scalar] = lambda into, value: torch.full(
+        into.shape, value, dtype=into.dtype, device=into.device
+    )
     table[aten.var.correction] = _var
     table[aten.std.correction] = _std
     table[aten.mean.default] = _mean
