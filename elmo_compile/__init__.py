@@ -12,6 +12,7 @@ from elmo_compile.errors import (
     InputError,
     NotRewritten,
     OptionError,
+    StaleLogitsError,
 )
 from elmo_compile.explain import explain
 from elmo_compile.heads import convert_head, dequantize_head, exclude
@@ -32,6 +33,7 @@ __all__ = [
     "OptionError",
     "Options",
     "Report",
+    "StaleLogitsError",
     "TopK",
     "convert_head",
     "dequantize_head",

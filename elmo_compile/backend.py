@@ -17,6 +17,7 @@ from elmo_compile.lowering import lower
 from elmo_compile.passes.graphs import copy_module, sites, source_of
 from elmo_compile.passes.pipeline import Analysis, analyze
 from elmo_compile.passes.plan import unmatched_lowp
+from elmo_compile.passes.records import PlannedHead
 from elmo_compile.report.records import Code, Match, Refusal, Section
 from elmo_compile.report.store import record
 from elmo_compile.runtime import CompiledGraph
@@ -92,17 +93,17 @@ def examine(
             name=name, refusals=analysis.refusals, graph_before=gm, graph_after=gm
         ), False
     compiled = CompiledGraph(analysis, inputs, options)
-    return section(name, gm, compiled, inputs), bool(analysis.heads)
+    return section(name, gm, compiled, inputs), bool(analysis.heads or analysis.deferred)
 
 
 def _analyze(gm: fx.GraphModule, options: Options) -> Analysis:
     ops.load()
-    return analyze(copy_module(gm), options)
+    return analyze(gm, options)
 
 
 def _needs_runtime(analysis: Analysis) -> bool:
     """Whether anything is to be replaced: a head, or a converted head's weight by its carrier."""
-    if analysis.heads:
+    if analysis.heads or analysis.deferred:
         return True
     converted = any(unmatched_lowp(site.module, ()) for site in sites(analysis.module))
     return converted and torch.is_grad_enabled()
@@ -134,12 +135,18 @@ def section(
                 dtype=head.weight_dtype,
                 compute_dtype=head.compute_dtype,
                 products=plan.products,
-                source=source_of(head.match.region.seed),
+                source=_source(head),
+                deferred=_source(head) in {source_of(o.seed) for o, _ in analysis.deferred},
                 loss_value="deferred" if fused and head.deferred else "exact",
                 notes=notes,
             )
         )
         plans.append(plan)
+    for output, top in analysis.deferred:
+        if any(match.source == source_of(output.seed) for match in matches):
+            continue
+        matches.append(_deferred(top, source_of(output.seed)))
+        plans.append(top.plan)
     return Section(
         name=name,
         matches=tuple(matches),
@@ -147,6 +154,30 @@ def section(
         refusals=tuple(refusals),
         graph_before=gm,
         graph_after=compiled.first.module,
+    )
+
+
+def _source(head: PlannedHead) -> str:
+    return source_of(head.match.region.seed)
+
+
+def _deferred(top: PlannedHead, source: str) -> Match:
+    """A head whose logits leave the graph and whose loss, if any, is outside."""
+    return Match(
+        loss="linear",
+        num_outputs=top.match.region.num_outputs,
+        num_features=top.match.num_features,
+        fused_update=False,
+        chunk_size=top.plan.chunk_size,
+        dtype=top.weight_dtype,
+        compute_dtype=top.compute_dtype,
+        products=0,
+        source=source,
+        deferred=True,
+        notes=(
+            "a loss of the deferred logits is compiled, and reported, when it is called; bytes and "
+            "chunk are those of the argmax and largest logits of each row",
+        ),
     )
 
 

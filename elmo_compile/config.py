@@ -51,8 +51,10 @@ class Options:
     """When the number is computed. `exact`: in forward, by a product of its own. `deferred`: NaN
     until backward() fills it in, one product less with a fused update."""
     deferred_logits: Literal["auto"] | bool = "auto"
-    """What happens where logits are needed outside the loss. `auto` and False: the head is left
-    alone, and the report names the reader. True is not available in this version."""
+    """What happens to logits that leave the graph. `auto`: they are deferred; if someone still
+    holds them when the weight changes, they are kept whole up to `memory_budget` (64 MiB where not
+    given), beyond it the argmax and the five largest of each row. True: only the latter are kept.
+    False: the head is left alone, and the report names the reader."""
     lower: Lower = "inductor"
     """What compiles the rest of the graph: `inductor`, or `eager` to run it as it is."""
     mode: str | None = None
@@ -168,13 +170,8 @@ def _check_loss_value(value: object) -> None:
 
 
 def _check_deferred_logits(value: object) -> None:
-    if value is True:
-        raise OptionError(
-            "deferred_logits=True is not available in this version. Use 'auto' or False: a head "
-            "whose logits are needed outside the loss is left alone, and the report says so."
-        )
-    if not (value is False or value == "auto"):
-        raise _bad("deferred_logits", value, "'auto' or False")
+    if not (isinstance(value, bool) or value == "auto"):
+        raise _bad("deferred_logits", value, "'auto', True or False")
 
 
 def _freeze_inductor(inductor: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

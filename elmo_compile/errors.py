@@ -22,5 +22,9 @@ class NotRewritten(ElmoError):
     """`Options(strict=True)` and a candidate head was left as it was."""
 
 
+class StaleLogitsError(ElmoError):
+    """The values of deferred logits were asked for after the weights they are made from changed."""
+
+
 class FusedUpdateError(ElmoError):
     """A fused weight update was asked for where it would be wrong. Nothing was modified."""

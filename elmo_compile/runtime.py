@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from elmo_compile.config import Options
+from elmo_compile.deferred import Origin
+from elmo_compile.deferred.tensor import defer
 from elmo_compile.lowering import lower, lower_later
 from elmo_compile.ops.exclusion import is_excluded
 from elmo_compile.ops.fused import open_call, serial_if_deferred
 from elmo_compile.ops.linear import carry
 from elmo_compile.ops.owners import Owner, owner_of
 from elmo_compile.passes.pipeline import Analysis
-from elmo_compile.passes.records import PlannedHead, Rewritten
+from elmo_compile.passes.records import DeferredOutput, PlannedHead, Rewritten
 from elmo_compile.passes.rewrite import rewrite
 
 
@@ -48,8 +50,15 @@ class CompiledGraph:
         self._lock = threading.Lock()
         self._was_fused: list[weakref.ref[Owner] | None] = [None] * len(analysis.heads)
         self._warned = False
+        self._origins = [self._origin(*pair) for pair in analysis.deferred]
+        first_added = [output.added_from for output, _ in analysis.deferred]
+        self._num_results = min(first_added, default=0)
         self._first_kinds = tuple(treatment.kind for treatment in self.treatments(inputs))
         self.first = self._build(self._first_kinds)
+
+    def _origin(self, output: DeferredOutput, top: PlannedHead) -> Origin:
+        made = rewrite(top.match.region.site.module, [top], [False], grad=False)
+        return Origin(output, made.module, self.options)
 
     def compile_first(self, inputs: Sequence[Any]) -> None:
         """Compile the variant these inputs call for; others follow when a call needs them."""
@@ -68,7 +77,16 @@ class CompiledGraph:
         arguments = self._arguments(variant, inputs)
         results = compiled(*arguments)
         self._open_losses(variant, arguments, treatments, results)
-        return results
+        return self._with_deferred(inputs, results)
+
+    def _with_deferred(self, inputs: Sequence[Any], results: Any) -> Any:
+        """The results, with deferred logits where the graph left them out."""
+        if not self._origins:
+            return results
+        returned = list(results[: self._num_results])
+        for origin in self._origins:
+            returned[origin.output.position] = defer(origin, inputs, results)
+        return tuple(returned)
 
     def _variant(self, kinds: tuple[str, ...]) -> tuple[Rewritten, Callable[..., Any]]:
         found = self._variants.get(kinds)

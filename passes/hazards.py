@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ _IN_PLACE_OPERATORS = frozenset(
      operator.ifloordiv, operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor,
      operator.imatmul, operator.ilshift, operator.irshift}
 )  # fmt: skip
+_RANDOM = ("rand", "bernoulli", "multinomial", "normal_", "uniform", "exponential", "gumbel")
 _TRANSFORMS = ("_grad", "_vmap", "_jvp", "_functionalization")
 
 
@@ -63,13 +64,13 @@ def _written_inputs(region: Region) -> NoMatch | None:
     suspects = read | (graph_inputs if read & graph_inputs else set())
     reordered = len(region.outputs) > 1
     for node in _between(region):
-        if reordered and any(True for _ in _written(node)):
+        if reordered and any(True for _ in written_nodes(node)):
             return NoMatch(
                 Code.MUTATION, node,
                 "this writes in place between two results that are made from the logits",
                 "write before the head or after the loss, or out of place",
             )  # fmt: skip
-        for written in _written(node):
+        for written in written_nodes(node):
             if _storage(tensor_of(written)) in suspects:
                 return NoMatch(
                     Code.MUTATION, node,
@@ -90,7 +91,21 @@ def _between(region: Region) -> Iterator[fx.Node]:
         node = node.next
 
 
-def _written(node: fx.Node) -> Iterator[fx.Node]:
+def shares_memory(node: fx.Node, others: Iterable[fx.Node]) -> bool:
+    """Whether a node's tensor lies in the memory of one of the others."""
+    memory = _storage(tensor_of(node))
+    return memory is not None and any(_storage(tensor_of(other)) == memory for other in others)
+
+
+def may_draw(node: fx.Node) -> bool:
+    """Whether a call draws random numbers; by name, since Dynamo's graphs hold Python functions."""
+    name = str(getattr(node.target, "__name__", node.target)).lower()
+    if "dropout" in name:
+        return not any(value is False for value in (*node.args[2:3], node.kwargs.get("training")))
+    return any(part in name for part in _RANDOM)
+
+
+def written_nodes(node: fx.Node) -> Iterator[fx.Node]:
     """The nodes whose tensors a call writes into."""
     if node.op not in ("call_function", "call_method"):
         return

@@ -10,18 +10,21 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.fx as fx
 
 from elmo_compile.config import Options
 from elmo_compile.errors import ElmoError
 from elmo_compile.passes.canonicalize import retrace
+from elmo_compile.passes.defer import defer_outputs
 from elmo_compile.passes.find import find_regions, without_tail
-from elmo_compile.passes.graphs import source_of
+from elmo_compile.passes.graphs import copy_module, source_of
 from elmo_compile.passes.hazards import check_hazards
 from elmo_compile.passes.match import match_program, match_region
 from elmo_compile.passes.plan import plan_match
 from elmo_compile.passes.records import (
     AtenRegion,
+    DeferredOutput,
     HeadMatch,
     PlannedHead,
     ProgramMatch,
@@ -37,6 +40,8 @@ class Analysis:
     module: fx.GraphModule
     heads: tuple[PlannedHead, ...]
     refusals: tuple[Refusal, ...]
+    deferred: tuple[tuple[DeferredOutput, PlannedHead], ...] = ()
+    """Results taken out of the graph, and the planned head that makes the top of each row."""
 
 
 def _check(item: Region, options: Options) -> Region | Refusal:
@@ -71,7 +76,33 @@ PASSES: tuple[Callable[[Any, Options], Any], ...] = (
 
 
 def analyze(module: fx.GraphModule, options: Options) -> Analysis:
-    """Find, retrace, match and plan every candidate head of a graph."""
+    """Find, retrace, match and plan every candidate head of a graph, logits that leave it included.
+
+    Logits are left in the graph where the graph needs them all the same.
+    """
+    keep: set[int] = set()
+    while True:
+        copy = copy_module(module)
+        taken = [
+            (output, _plan_top(output, options)) for output in defer_outputs(copy, options, keep)
+        ]
+        analysis = _analyze(copy, options)
+        inside = {node for head in analysis.heads for node in head.match.region.nodes}
+        remaining = set(copy.graph.nodes) - inside
+        useless = {o.position for o, top in taken if top is None or o.seed in remaining}
+        if not useless:
+            planned = tuple((output, top) for output, top in taken if top is not None)
+            return dataclasses.replace(analysis, deferred=planned)
+        keep |= useless
+
+
+def _plan_top(output: DeferredOutput, options: Options) -> PlannedHead | None:
+    with torch.no_grad():
+        found = advance(output.top, options)
+    return None if isinstance(found, Refusal) else found
+
+
+def _analyze(module: fx.GraphModule, options: Options) -> Analysis:
     heads: list[PlannedHead] = []
     refusals: list[Refusal] = []
     for region in find_regions(module, options.min_outputs):

@@ -209,6 +209,30 @@ class PlannedHead:
     notes: tuple[str, ...] = ()
 
 
+Source = tuple[Literal["input", "output", "carrier"], int]
+"""Where a recipe's input comes from at run time: an input of the graph, a result of it, or the
+float32 carrier of an input."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DeferredOutput:
+    """Logits that were taken out of a graph's results, and how to make them."""
+
+    position: int
+    """Among the graph's results, where it now returns None."""
+    recipe: fx.GraphModule
+    """Makes the logits from `sources`; carriers come last and may be left out."""
+    sources: tuple[Source, ...]
+    requires_grad: bool
+    autocast: Autocast
+    added_from: int
+    """Position from which on the graph's results are what recipes read."""
+    seed: fx.Node
+    """The product, in the graph as it was."""
+    top: Region
+    """A graph of its own: the logits' argmax, and the largest values of each row with indices."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ExtraInput:
     """An input the rewrite adds to the graph."""

@@ -16,6 +16,9 @@ N, D, L = 6, 16, 203
 OPTIONS = {"lower": "eager", "min_outputs": 64, "chunk_size": 77}
 """Small, and a chunk that does not divide L."""
 
+LOSS_ULPS = 4.0
+"""A scalar is one draw: torch's may be exact by luck."""
+
 
 class Outcome(NamedTuple):
     """What a program returned, and the gradients of those of its arguments that take one."""
@@ -116,7 +119,7 @@ def assert_near(
     assert ours.loss.shape == eager.loss.shape
     assert torch.equal(ours.loss.isnan(), eager.loss.isnan())
     if not bool(eager.loss.isnan().any()):
-        assert_within_budget(ours.loss, truth.loss, eager.loss, what="loss")
+        assert_within_budget(ours.loss, truth.loss, eager.loss, what="loss", ulps=LOSS_ULPS)
     for position, (mine, theirs) in enumerate(zip(ours.grads, eager.grads)):
         assert (mine is None) == (theirs is None), f"gradient of argument {position}"
         if mine is not None and theirs is not None:

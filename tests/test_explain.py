@@ -109,8 +109,11 @@ def test_logits_that_would_not_fit():
 
 def test_refused_logits_that_would_not_fit():
     w = torch.zeros(10_000_000, 1, requires_grad=True)
-    report = elmo.explain(lambda x: F.linear(x, w), torch.zeros(16384, 1))
+    x = torch.zeros(16384, 1)
+    report = elmo.explain(lambda x: F.linear(x, w), x, options={"deferred_logits": False})
     assert len(report.refusals) == 1
+    (match,) = elmo.explain(lambda x: F.linear(x, w), x).matches
+    assert (match.loss, match.deferred) == ("linear", True)
 
 
 def test_compiled_model_goes_on_as_it_was():

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from elmo_compile.errors import FusedUpdateError, InputError
 from elmo_compile.numerics.update import Update
+from elmo_compile.ops.kept import about_to_change
 
 _MAX_OPEN_LOSSES = 256
 
@@ -142,6 +143,7 @@ class Owner:
     @contextmanager
     def applying(self) -> Iterator[None]:
         """Around the writes of one update: marks the weight inconsistent if they do not finish."""
+        about_to_change(self.param)
         self.inconsistent = True
         yield
         torch.autograd.graph.increment_version(self.param)

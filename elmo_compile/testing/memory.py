@@ -37,7 +37,9 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **kwargs)
         for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor) and t.layout == torch.strided and _key(t) not in given:
+            # Fake and wrapper tensors have a size but no memory.
+            real = type(t) in (torch.Tensor, torch.nn.Parameter)
+            if real and t.layout == torch.strided and _key(t) not in given:
                 self._count(t)
         return result
 

@@ -1,0 +1,216 @@
+"""What deferred logits answer without their values: the tables of operations, by meaning."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from elmo_compile.deferred.gradient import gradient
+from elmo_compile.deferred.origin import FAKES, fake
+from elmo_compile.deferred.step import Step
+from elmo_compile.deferred.tensor import Deferred, Derived, State, derive
+from elmo_compile.passes.defer import KEPT
+
+
+def _methods(*names: str) -> set[Any]:
+    """Methods of Tensor, and functions of torch by the same names."""
+    places = (torch.Tensor, torch)
+    return {found for name in names for p in places if (found := getattr(p, name, None))}
+
+
+STAYS_DEFERRED = _methods(
+    "float", "double", "half", "bfloat16", "to", "type", "contiguous", "view", "reshape",
+    "flatten", "unflatten", "unsqueeze", "squeeze", "__getitem__", "softmax", "log_softmax",
+    "sigmoid", "tanh", "mul", "div", "add", "sub", "__mul__", "__rmul__", "__truediv__", "__add__",
+    "__radd__", "__sub__", "multiply", "divide", "true_divide",
+) | {F.softmax, F.log_softmax, F.logsigmoid}  # fmt: skip
+"""One tensor in, one out, and nothing read of it but by the next operation."""
+
+LOSSES = {
+    F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.binary_cross_entropy,
+    F.multi_margin_loss, F.multilabel_soft_margin_loss, F.soft_margin_loss, F.hinge_embedding_loss,
+    F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.kl_div,
+}  # fmt: skip
+"""Fused where they are reduced to rows or a scalar."""
+
+TOPS = _methods("argmax", "topk", "max")
+"""Answered by the largest values of each row."""
+
+READS = _methods(
+    "numpy", "tolist", "data_ptr", "untyped_storage", "storage", "__deepcopy__", "__reduce_ex__",
+    "__dlpack__", "__dlpack_device__", "__array__", "__format__", "share_memory_",
+    "is_shared", "pin_memory", "is_set_to",
+)  # fmt: skip
+"""Python's ways around the dispatcher: they are given an ordinary tensor."""
+
+
+WATCHES = _methods("register_hook", "retain_grad")
+"""Ask for the gradient of the logits: from then on losses are taken of the values."""
+
+
+def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of `func`, or NotImplemented where it is to run on the values."""
+    if func in READS:
+        plain = pytree.tree_map_only(Deferred, Deferred.materialize, (args, kwargs))
+        return func(*plain[0], **plain[1])
+    if func is torch.autograd.grad:
+        return gradient(*args, **kwargs)
+    logits, rest, named = _logits_first(func, args, kwargs)
+    if logits is None:
+        return NotImplemented
+    state = logits._state
+    if _writes(func) and isinstance(state, Derived) and state.is_view and not logits.written:
+        logits.become_view()
+        return func(*args, **kwargs)
+    if func in WATCHES:
+        logits.watched = True
+    if logits.written or logits.watched:
+        return NotImplemented
+    if func in TOPS:
+        return _top(logits, Step(func, rest, named))
+    if func in LOSSES:
+        return _streamed(logits, Step(func, rest, named))
+    if func in STAYS_DEFERRED and _stays(func, rest, named, logits):
+        made = derive(logits, Step(func, *_indexed(func, rest), named))
+        return NotImplemented if made is None else made
+    return NotImplemented
+
+
+def _logits_first(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Deferred | None, tuple[Any, ...], dict[str, Any]]:
+    """The one deferred tensor, if it is the first argument, and the other arguments."""
+    if args:
+        first, rest, named = args[0], args[1:], kwargs
+    else:
+        named = dict(kwargs)
+        first, rest = named.pop("input", None), ()
+    others = pytree.tree_leaves((rest, named))
+    if not isinstance(first, Deferred) or any(isinstance(other, Deferred) for other in others):
+        return None, (), {}
+    return first, rest, named
+
+
+def _writes(func: Any) -> bool:
+    """Whether a method writes into its first argument, by torch's naming."""
+    name = getattr(func, "__name__", "")
+    in_place = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
+    return name == "__setitem__" or in_place or (name.endswith("_") and not name.endswith("__"))
+
+
+def _stays(func: Any, rest: tuple[Any, ...], named: dict[str, Any], logits: Deferred) -> bool:
+    """Whether the other arguments leave the operation one on rows: no other device, no tensors but
+    indices, dtypes and numbers."""
+    name = func.__name__
+    given = pytree.tree_leaves((rest, named))
+    if name == "to":
+        devices = [torch.device(g) for g in given if isinstance(g, str | torch.device)]
+        return not any(isinstance(g, Tensor) for g in given) and all(
+            device.type == logits.device.type and device.index in (None, logits.device.index)
+            for device in devices
+        )
+    if name == "type":
+        return bool(given)
+    if name == "__getitem__":
+        return True
+    return not any(isinstance(g, Tensor) and g.numel() != 1 for g in given)
+
+
+def _indexed(func: Any, rest: tuple[Any, ...]) -> tuple[tuple[Any, ...]]:
+    """Indices with masks as the positions they select, so that the shape is known."""
+    if func.__name__ != "__getitem__":
+        return (rest,)
+    (index,) = rest
+    parts = index if isinstance(index, tuple) else (index,)
+    found: list[Any] = []
+    for part in parts:
+        if isinstance(part, Tensor) and part.dtype == torch.bool and part.ndim > 0:
+            found += part.nonzero(as_tuple=True)
+        else:
+            found.append(part)
+    return ((tuple(found) if isinstance(index, tuple) or len(found) > 1 else found[0],),)
+
+
+def _top(logits: Deferred, step: Step) -> Any:
+    """argmax, topk or max of each row."""
+    bound = _bound_top(step)
+    if bound is None:
+        return NotImplemented
+    k, dim, keepdim = bound
+    state = logits._state
+    if state.available or dim not in (-1, logits.ndim - 1):
+        return NotImplemented
+    name = step.func.__name__
+    root, _ = state.recipe()
+    differentiable = name != "argmax" and logits.requires_grad and torch.is_grad_enabled()
+    if root.stale or (k <= KEPT and not differentiable):
+        found = state.top() if k <= KEPT else None
+        if found is not None:
+            return _answer(name, found, k, keepdim)
+        root.check()
+    return _streamed(logits, step)
+
+
+def _answer(name: str, found: tuple[Tensor, ...], k: int, keepdim: bool) -> Any:
+    first, values, indices = found
+    if name == "argmax":
+        return first.unsqueeze(-1) if keepdim else first.clone()
+    if name == "topk":
+        return torch.return_types.topk((values[..., :k].clone(), indices[..., :k].clone()))
+    value, index = values[..., :1], first.unsqueeze(-1)
+    if not keepdim:
+        value, index = value.squeeze(-1), index.squeeze(-1)
+    return torch.return_types.max((value.clone(), index.clone()))
+
+
+def _bound_top(step: Step) -> tuple[int, int, bool] | None:
+    """(k, dim, keepdim) of argmax, topk or max along one dimension; None for other forms."""
+    args, kwargs = step.arguments()
+    name = step.func.__name__
+    if step.tensors:
+        return None
+    forms: dict[str, Callable[..., tuple[Any, ...]]] = {
+        "argmax": lambda dim=None, keepdim=False: (1, dim, keepdim),
+        "max": lambda dim=None, keepdim=False: (1, dim, keepdim),
+        "topk": lambda k, dim=-1, largest=True, sorted=True: (k, dim if largest else None, False),
+    }
+    try:
+        inspect.signature(forms[name]).bind(*args, **kwargs)
+    except TypeError:
+        return None
+    k, dim, keepdim = forms[name](*args, **kwargs)
+    return None if not isinstance(dim, int) else (int(k), dim, bool(keepdim))
+
+
+def _streamed(logits: Deferred, step: Step) -> Any:
+    """A loss or a metric of the logits, compiled together with the product that makes them."""
+    state = logits._state
+    if not _reduces(state, step):
+        return NotImplemented
+    root, steps = state.recipe()
+    if root.stale and state.available:
+        return NotImplemented
+    root.check()
+    steps = [*steps, step]
+    tensors = [tensor for s in steps for tensor in s.tensors]
+    result = root.origin.program(steps)(*root.inputs, *tensors)
+    if isinstance(result, Tensor) and result.requires_grad:
+        state.remember(result, step)
+    return result
+
+
+def _reduces(state: State, step: Step) -> bool:
+    """Whether the result has lost the outputs."""
+    try:
+        with FAKES, torch.no_grad():
+            made = step(state.fake, [fake(tensor) for tensor in step.tensors])
+    except Exception:  # Whatever it is, the operation itself raises it better.
+        return False
+    parts = pytree.tree_leaves(made)
+    return all(isinstance(part, Tensor) and part.numel() < state.fake.numel() for part in parts)

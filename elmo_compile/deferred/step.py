@@ -1,0 +1,54 @@
+"""One operation on deferred logits, remembered instead of run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class Step:
+    """`func(logits, *args, **kwargs)`; tensors among the arguments are kept apart from the rest."""
+
+    def __init__(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]):
+        leaves, self._spec = pytree.tree_flatten((tuple(args), kwargs))
+        self.func = func
+        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self._rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._given = [isinstance(leaf, Tensor) for leaf in leaves]
+        self.key = (func, self._spec, tuple(self._given), tuple(map(_hashable, self._rest)))
+
+    def __call__(self, z: Any, tensors: Sequence[Any] | None = None) -> Any:
+        """Run it; with other tensors in place of its own, if given."""
+        args, kwargs = self.arguments(tensors)
+        return self.func(z, *args, **kwargs)
+
+    def emit(self, graph: fx.Graph, z: fx.Node, tensors: Sequence[fx.Node]) -> fx.Node:
+        """The same as a node."""
+        args, kwargs = self.arguments(tensors)
+        name = getattr(self.func, "__name__", "")
+        if getattr(torch.Tensor, name, None) is self.func:
+            return graph.call_method(name, (z, *args), kwargs)
+        return graph.call_function(self.func, (z, *args), kwargs)
+
+    def arguments(
+        self, tensors: Sequence[Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What stands behind the logits, with other tensors in place of its own, if given."""
+        left = iter(self.tensors if tensors is None else tensors)
+        leaves = [next(left) if given else rest for given, rest in zip(self._given, self._rest)]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        return args, kwargs
+
+
+def _hashable(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value)
+    # 1, 1.0 and True are equal keys but different arguments.
+    return type(value), value

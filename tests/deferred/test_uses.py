@@ -1,0 +1,270 @@
+"""Deferred logits do what the tensor they stand for does: values, gradients, in-place writes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elmo_compile.deferred import Deferred
+from elmo_compile.deferred.tensor import State
+
+N, L = 6, 500
+OPTIONS = {"lower": "eager", "min_outputs": 64, "chunk_size": 77}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Linear(8, 16), nn.Linear(16, L)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.head(self.encoder(x).tanh())
+        return z
+
+
+def backward(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss
+
+
+def set_column(z: Tensor, y: Tensor) -> Tensor:
+    z[:, 0] = -9.0
+    return backward(F.cross_entropy(z, y))
+
+
+def write_view(z: Tensor, y: Tensor) -> Tensor:
+    z[1:].mul_(3.0)
+    return backward(F.cross_entropy(z, y))
+
+
+def write_view_of_view(z: Tensor, y: Tensor) -> Tensor:
+    part = z.view(2, 3, L)[1:]
+    part[..., 3] = 1.0
+    return backward(F.cross_entropy(z, y) + part.sum())
+
+
+def cast_then_write(z: Tensor, y: Tensor) -> Tensor:
+    before = z.double()
+    z.mul_(2.0)
+    return backward(before.exp().mean() + F.cross_entropy(z, y))
+
+
+def retained(z: Tensor, y: Tensor) -> Tensor | None:
+    z.retain_grad()
+    backward(F.cross_entropy(z, y))
+    return z.grad
+
+
+def hooked(z: Tensor, y: Tensor) -> list[Tensor]:
+    seen: list[Tensor] = []
+    z.register_hook(lambda grad: seen.append(grad.clone()))
+    backward(F.cross_entropy(z, y))
+    assert seen
+    return seen
+
+
+def saved(z: Tensor, y: Tensor) -> Any:
+    file = io.BytesIO()
+    torch.save({"logits": z}, file)
+    file.seek(0)
+    return torch.load(file)["logits"]
+
+
+def in_another_graph(z: Tensor, y: Tensor) -> Tensor:
+    def loss(z: Tensor) -> Tensor:
+        return F.cross_entropy(z.float() * 2, y)
+
+    return backward(torch.compile(loss, backend="aot_eager", fullgraph=True)(z))
+
+
+def written_in_another_graph(z: Tensor, y: Tensor) -> Tensor:
+    def write(z: Tensor) -> Tensor:
+        return z.mul_(2) + 1
+
+    made = torch.compile(write, backend="aot_eager", fullgraph=True)(z)
+    return backward(made.exp().mean() + F.cross_entropy(z, y))
+
+
+STREAMED: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "cross_entropy": lambda z, y: backward(F.cross_entropy(z, y)),
+    "module": lambda z, y: backward(nn.BCEWithLogitsLoss()(z, F.one_hot(y, L).float())),
+    "smoothed": lambda z, y: backward(F.cross_entropy(z, y, label_smoothing=0.1)),
+    "weighted": lambda z, y: backward(F.cross_entropy(z, y, weight=torch.linspace(0.1, 1, L))),
+    "keyword": lambda z, y: backward(F.cross_entropy(input=z, target=y)),
+    "shifted": lambda z, y: backward(
+        F.cross_entropy(z.float()[:-1].contiguous().view(-1, L), y[1:])
+    ),
+    "masked_rows": lambda z, y: backward(F.cross_entropy(z[y > 100], y[y > 100])),
+    "temperature": lambda z, y: backward(F.cross_entropy(z / 0.5, y)),
+    "softcap": lambda z, y: backward(F.cross_entropy(torch.tanh(z / 30) * 30, y)),
+    "nll": lambda z, y: backward(F.nll_loss(F.log_softmax(z, -1), y)),
+    "rows": lambda z, y: backward(F.cross_entropy(z, y, reduction="none").mean()),
+    "argmax": lambda z, y: z.argmax(-1),
+    "argmax_keepdim": lambda z, y: torch.argmax(z, dim=1, keepdim=True),
+    "topk": lambda z, y: list(z.topk(3)),
+    "topk_many": lambda z, y: list(z.topk(7)),
+    "max": lambda z, y: list(z.max(1)),
+    "entry": lambda z, y: z.softmax(-1)[..., 3],
+    "sigmoid_topk": lambda z, y: list(z.detach().sigmoid().topk(3)),
+    "attributes": lambda z, y: [
+        z.requires_grad, z.is_leaf, z.shape, z.dtype, z.ndim, len(z), z.stride(), z.numel(),
+        z.is_contiguous(), z.device, z.size(-1), z.element_size(), isinstance(z, Tensor),
+    ],
+}  # fmt: skip
+"""Uses that do not make the values."""
+
+MADE: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "own_loss": lambda z, y: backward((z.logsumexp(-1) - z.gather(1, y[:, None])[:, 0]).mean()),
+    "two_losses": lambda z, y: backward(F.cross_entropy(z, y) + z.pow(2).mean()),
+    "elementwise_loss": lambda z, y: backward(
+        F.binary_cross_entropy_with_logits(z, F.one_hot(y, L).float(), reduction="none").sum()
+    ),
+    "written": lambda z, y: backward(F.cross_entropy(z.mul_(2), y)),
+    "set_column": set_column,
+    "write_view": write_view,
+    "write_view_of_view": write_view_of_view,
+    "cast_then_write": cast_then_write,
+    "materialize": lambda z, y: backward(
+        F.cross_entropy(z.materialize() if isinstance(z, Deferred) else z, y)
+    ),
+    "argmax_of_all": lambda z, y: z.argmax(),
+    "item": lambda z, y: z[2, 5].item(),
+    "numpy": lambda z, y: torch.from_numpy(z.detach().numpy()),
+    "tolist": lambda z, y: torch.tensor(z.tolist()),
+    "deepcopy": lambda z, y: copy.deepcopy(z.detach()),
+    "pickle": lambda z, y: pickle.loads(pickle.dumps(z.detach())),
+    "saved": saved,
+    "dlpack": lambda z, y: torch.from_dlpack(z.detach()),
+    "printed": lambda z, y: str(z.detach()),
+    "data_ptr": lambda z, y: z.data_ptr() != 0,
+    "stacked": lambda z, y: torch.stack([z, z]),
+    "grad_of_values": lambda z, y: torch.autograd.grad(z.exp().sum(), z)[0],
+    "grad_of_streamed": lambda z, y: torch.autograd.grad(F.cross_entropy(z, y), z)[0],
+    "grad_of_cast": lambda z, y: torch.autograd.grad(3 * F.cross_entropy(z.double(), y), [z])[0],
+    "grad_of_both": lambda z, y: torch.autograd.grad(F.cross_entropy(z, y) + z.exp().sum(), z)[0],
+    "retain_grad": retained,
+    "hook": hooked,
+    "in_another_graph": in_another_graph,
+    "written_in_another_graph": written_in_another_graph,
+}
+"""Uses that make them, once."""
+
+
+def outcome(
+    use: Callable[[Tensor, Tensor], Any], *, compiled: bool, **options: Any
+) -> tuple[Any, list[Tensor | None], Tensor]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model: Any = Net()
+    x, y = torch.randn(N, 8), torch.randint(0, L, (N,))
+    run = torch.compile(model, backend="elmo", options={**OPTIONS, **options})
+    z = run(x) if compiled else model(x)
+    result = use(z, y)
+    return result, [parameter.grad for parameter in model.parameters()], z
+
+
+def assert_alike(mine: Any, theirs: Any) -> None:
+    assert type(mine) is not Deferred or isinstance(theirs, Tensor)
+    if isinstance(theirs, Tensor):
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine.detach() + 0, theirs.detach(), rtol=1e-4, atol=1e-6)
+    elif isinstance(theirs, list):
+        assert len(mine) == len(theirs)
+        for one, other in zip(mine, theirs):
+            assert_alike(one, other)
+    else:
+        assert mine == theirs or mine == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*STREAMED, *MADE])
+def test_as_the_tensor(name: str) -> None:
+    use = {**STREAMED, **MADE}[name]
+    theirs, their_grads, _ = outcome(use, compiled=False)
+    mine, my_grads, z = outcome(use, compiled=True)
+    assert isinstance(z, Deferred)
+    assert (z._state.values is None) == (name in STREAMED)
+    assert_alike(mine, theirs)
+    for my_grad, their_grad in zip(my_grads, their_grads):
+        assert (my_grad is None) == (their_grad is None)
+        if my_grad is not None and their_grad is not None:
+            torch.testing.assert_close(my_grad, their_grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["numpy", "deepcopy", "dlpack"])
+def test_what_a_tensor_with_a_gradient_refuses(name: str) -> None:
+    uses: dict[str, Callable[[Tensor, Tensor], Any]] = {
+        "numpy": lambda z, y: z.numpy(),
+        "deepcopy": lambda z, y: copy.deepcopy(z),
+        "dlpack": lambda z, y: torch.from_dlpack(z),
+    }
+    errors = []
+    for compiled in (False, True):
+        with pytest.raises((RuntimeError, BufferError)) as caught:
+            outcome(uses[name], compiled=compiled)
+        errors.append((caught.type, str(caught.value)))
+    assert errors[0] == errors[1]
+
+
+def test_unused_logits_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(self: State) -> Tensor:
+        raise AssertionError("the values were made")
+
+    monkeypatch.setattr(State, "real", never)
+    _, _, z = outcome(lambda z, y: None, compiled=True)
+    assert isinstance(z, Deferred)
+
+
+def test_without_a_gradient() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model: Any = Net()
+    run = torch.compile(model, backend="elmo", options=OPTIONS)
+    x = torch.randn(N, 8)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            z = run(x)
+            assert isinstance(z, Deferred)
+            assert not z.requires_grad
+            torch.testing.assert_close(z + 0, model(x))
+            assert torch.equal(run(x).argmax(-1), model(x).argmax(-1))
+
+
+def test_switched_off() -> None:
+    _, _, z = outcome(lambda z, y: None, compiled=True, deferred_logits=False)
+    assert type(z) is Tensor
+
+
+def test_another_batch_size() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model: Any = Net()
+    run = torch.compile(model, backend="elmo", options=OPTIONS)
+    for rows in (6, 9, 4, 11):
+        x, y = torch.randn(rows, 8), torch.randint(0, L, (rows,))
+        z = run(x)
+        assert z.shape == (rows, L)
+        torch.testing.assert_close(F.cross_entropy(z, y), F.cross_entropy(model(x), y))
+        torch.testing.assert_close(z + 0, model(x))
+
+
+def test_under_autocast() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model: Any = Net()
+    run = torch.compile(model, backend="elmo", options=OPTIONS)
+    x, y = torch.randn(N, 8), torch.randint(0, L, (N,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z, plain = run(x), model(x)
+        inside = F.cross_entropy(z, y), F.cross_entropy(plain, y)
+    assert z.dtype == plain.dtype == torch.bfloat16
+    torch.testing.assert_close(*inside, rtol=2e-2, atol=0)
+    torch.testing.assert_close(F.cross_entropy(z, y), F.cross_entropy(plain, y), rtol=2e-2, atol=0)
+    assert torch.equal(z + 0, plain)
