@@ -4,7 +4,7 @@
 never hold the logits; with `elmo_compile.optim` the weight gradient never exists either.
 """
 
-from elmo_compile import heads, metrics, optim, testing
+from elmo_compile import heads, integrations, metrics, optim, testing
 from elmo_compile.config import Options
 from elmo_compile.errors import (
     ElmoError,
@@ -24,6 +24,8 @@ from elmo_compile.report.store import last_report, reports
 from elmo_compile.topk import TopK, topk
 
 __version__ = "0.1.0"
+
+integrations.register()
 
 __all__ = [
     "ElmoError",

@@ -102,8 +102,10 @@ def grow(
                 inside.add(node)
     modes = {grad[node] for node in _readers_of_values(seed, inside, order)}
     movable = _Movable(inside, grad, grad[seed])
+    reading = inside - {seed}
     _grow_over_weight_views(seed, movable)
-    _grow_backward(inside - {seed}, movable, num_outputs)
+    # What makes the weight stays outside: the head takes a computed weight as it comes.
+    _grow_backward(reading, movable, num_outputs)
     tail = _tail(inside, order, grad)
     mode = None if len(modes) > 1 else modes.pop()
     return close(site, seed, inside | set(tail), tail, num_outputs, autocast, mode)
