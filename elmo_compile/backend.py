@@ -137,7 +137,7 @@ def section(
                 products=plan.products,
                 source=_source(head),
                 deferred=_source(head) in {source_of(o.seed) for o, _ in analysis.deferred},
-                loss_value="deferred" if fused and head.deferred else "exact",
+                loss_value=head.loss_value if fused else "exact",
                 notes=notes,
             )
         )

@@ -16,7 +16,7 @@ import torch
 from elmo_compile.errors import OptionError
 
 Lower = Literal["inductor", "eager"]
-LossValue = Literal["exact", "deferred"]
+LossValue = Literal["auto", "exact", "deferred"]
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Operand dtypes the matrix products of a head can have."""
@@ -47,9 +47,11 @@ class Options:
     compute_dtype: torch.dtype | str | None = None
     """Operand dtype of the matrix products, as torch.dtype or its name ("bfloat16"); stored as
     torch.dtype. None: by storage dtype and device."""
-    loss_value: LossValue = "exact"
+    loss_value: LossValue = "auto"
     """When the number is computed. `exact`: in forward, by a product of its own. `deferred`: NaN
-    until backward() fills it in, one product less with a fused update."""
+    until backward() fills it in, one product less with a fused update. `auto`: a tensor that
+    computes itself, by the product of its own, if it is read before backward(), and is filled in
+    for nothing otherwise; `exact` where the loss is not returned as it is."""
     deferred_logits: Literal["auto"] | bool = "auto"
     """What happens to logits that leave the graph. `auto`: they are deferred; if someone still
     holds them when the weight changes, they are kept whole up to `memory_budget` (64 MiB where not
@@ -161,12 +163,7 @@ def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def _check_loss_value(value: object) -> None:
-    if value == "auto":
-        raise OptionError(
-            "loss_value='auto' is not available in this version. Use 'exact' (the value is computed"
-            " in forward), or 'deferred' if the loss is only read after backward()."
-        )
-    _require_choice("loss_value", value, ("exact", "deferred"))
+    _require_choice("loss_value", value, ("auto", "exact", "deferred"))
 
 
 def _check_deferred_logits(value: object) -> None:

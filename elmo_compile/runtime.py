@@ -16,6 +16,7 @@ from torch import Tensor
 
 from elmo_compile.config import Options
 from elmo_compile.deferred import Origin
+from elmo_compile.deferred.loss import defer_loss
 from elmo_compile.deferred.tensor import defer
 from elmo_compile.lowering import lower, lower_later
 from elmo_compile.ops.exclusion import is_excluded
@@ -76,7 +77,7 @@ class CompiledGraph:
         self._notice_lost_owners(treatments, inputs)
         arguments = self._arguments(variant, inputs)
         results = compiled(*arguments)
-        self._open_losses(variant, arguments, treatments, results)
+        results = self._open_losses(variant, arguments, treatments, results)
         return self._with_deferred(inputs, results)
 
     def _with_deferred(self, inputs: Sequence[Any], results: Any) -> Any:
@@ -131,8 +132,9 @@ class CompiledGraph:
         arguments: list[Any],
         treatments: list[Treatment],
         results: Any,
-    ) -> None:
-        """Remember the loss tensors whose value the backward is to fill in."""
+    ) -> Any:
+        """Remember the losses whose value the backward is to fill in; the results with `auto`
+        losses as tensors that compute themselves."""
         first_extra = len(arguments) - len(variant.extras)
         handles = {
             extra.weight_input: arguments[first_extra + i]
@@ -145,7 +147,14 @@ class CompiledGraph:
             assert head.weight_input is not None
             serial = serial_if_deferred(handles[head.weight_input])
             if serial is not None:
-                owner.open_loss(serial, results[head.loss_output])
+                loss = results[head.loss_output]
+                owner.open_loss(serial, loss)
+                value = owner.take_value(serial)
+                if head.loss_value == "auto" and value is not None:
+                    changed = list(results)
+                    changed[head.loss_output] = defer_loss(loss, owner, serial, value)
+                    results = tuple(changed)
+        return results
 
     def _treatment(self, head: PlannedHead, inputs: Sequence[Any]) -> Treatment:
         if head.weight_input is None:

@@ -14,7 +14,7 @@ import sympy
 import torch
 import torch.fx as fx
 
-from elmo_compile.config import Options
+from elmo_compile.config import LossValue, Options
 from elmo_compile.numerics.losses import CE
 from elmo_compile.passes.graphs import hint, hints, source_of, tensor_of
 from elmo_compile.passes.records import HeadMatch, PlannedHead, ProgramMatch, Region
@@ -56,7 +56,7 @@ def plan_match(match: HeadMatch | ProgramMatch, options: Options) -> PlannedHead
     loss_output = None
     if isinstance(match, HeadMatch) and not match.region.site.path:
         loss_output = returned_at(match.output)
-    deferred, notes = _value(match, options, loss_output)
+    value, notes = _value(match, options, loss_output)
     return PlannedHead(
         match=match,
         plan=plans[0],
@@ -65,7 +65,7 @@ def plan_match(match: HeadMatch | ProgramMatch, options: Options) -> PlannedHead
         weight_dtype=weight.dtype,
         weight_input=None if placeholder is None else input_position(placeholder),
         carried=carried,
-        deferred=deferred,
+        loss_value=value,
         loss_output=loss_output,
         unfusable=why_unfusable(match, weight, compute),
         notes=notes,
@@ -150,13 +150,17 @@ def unmatched_lowp(module: fx.GraphModule, taken: Iterable[fx.Node]) -> list[fx.
 
 def _value(
     match: HeadMatch | ProgramMatch, options: Options, loss_output: int | None
-) -> tuple[bool, tuple[str, ...]]:
-    if options.loss_value != "deferred" or match.loss.name == CE or isinstance(match, ProgramMatch):
-        return False, ()
+) -> tuple[LossValue, tuple[str, ...]]:
+    if match.loss.name == CE or isinstance(match, ProgramMatch) or options.loss_value == "exact":
+        return "exact", ()
     if loss_output is None:
         why = "loss_value='deferred' was refused: the loss is not returned as it is"
-        return False, (why,)
-    return True, ()
+        return "exact", (why,) if options.loss_value == "deferred" else ()
+    target = match.aten.origin(match.target) if match.target.op == "placeholder" else None
+    kept = match.loss.targets != "dense" or (target is not None and target.op == "placeholder")
+    if options.loss_value == "auto" and not kept:
+        return "exact", ()  # A dense matrix the graph makes is not kept for later.
+    return options.loss_value, ()
 
 
 def _shape(
@@ -203,7 +207,7 @@ def _shape(
         weight_trainable=weight.requires_grad and bool(match.region.grad_enabled),
         fused_update=fused,
         device="cuda" if weight.device.type == "cuda" else "cpu",
-        loss_value=options.loss_value,
+        loss_value=options.loss_value if fused else "exact",
         hints=numbers,
         program=program,
     )

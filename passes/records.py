@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.fx as fx
 
+from elmo_compile.config import LossValue
 from elmo_compile.numerics.losses import LossSpec
 from elmo_compile.passes.graphs import Site, ancestors, tensor_of
 from elmo_compile.planner import Plan
@@ -200,13 +201,18 @@ class PlannedHead:
     """Position of the weight among the graph's inputs; None if the weight is computed."""
     carried: bool
     """A converted head: unfused, its gradient leaves through a float32 carrier."""
-    deferred: bool
-    """A fused update leaves the loss value to the backward."""
+    loss_value: LossValue
+    """Of a fused update: computed in forward, or left to the backward."""
     loss_output: int | None
     """Position of the loss among the graph's outputs; None if it is not returned as it is."""
     unfusable: str
     """Why this head's update may never be fused in this graph; empty if it may."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def deferred(self) -> bool:
+        """Whether a fused update leaves the loss value to the backward."""
+        return self.loss_value != "exact"
 
 
 Source = tuple[Literal["input", "output", "carrier"], int]

@@ -20,7 +20,7 @@ def test_defaults_are_valid_and_frozen():
     assert options.min_outputs == 16384
     assert options.memory_budget is None
     assert options.lower == "inductor"
-    assert options.loss_value == "exact"
+    assert options.loss_value == "auto"
     assert options.deferred_logits == "auto"
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.strict = True  # type: ignore[misc]
@@ -96,9 +96,11 @@ def test_choices_name_the_nearest():
         Options(lower=["eager"])
 
 
-def test_what_is_not_available_yet_says_so():
-    with pytest.raises(OptionError, match=r"not available in this version.*'exact'"):
-        Options(loss_value="auto")
+def test_deferred_values():
+    for value in ("auto", "exact", "deferred"):
+        assert Options(loss_value=value).loss_value == value
+    with pytest.raises(OptionError, match="'auto' or 'exact' or 'deferred'"):
+        Options(loss_value="early")
     for value in (True, False, "auto"):
         assert Options(deferred_logits=value).deferred_logits == value
     with pytest.raises(OptionError, match="'auto', True or False"):

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from elmo_compile.deferred.gradient import gradient
 from elmo_compile.deferred.origin import FAKES, fake
 from elmo_compile.deferred.step import Step
-from elmo_compile.deferred.tensor import Deferred, Derived, State, derive
+from elmo_compile.deferred.tensor import Deferred, Derived, Root, State, derive
 from elmo_compile.passes.defer import KEPT
 
 
@@ -72,9 +72,12 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         logits.watched = True
     if logits.written or logits.watched:
         return NotImplemented
-    if func in TOPS:
+    root = state.root()
+    if not isinstance(root, Root):
+        pass  # A loss: no metric is taken of it.
+    elif func in TOPS:
         return _top(logits, Step(func, rest, named))
-    if func in LOSSES:
+    elif func in LOSSES:
         return _streamed(logits, Step(func, rest, named))
     if func in STAYS_DEFERRED and _stays(func, rest, named, logits):
         made = derive(logits, Step(func, *_indexed(func, rest), named))
@@ -109,6 +112,8 @@ def _stays(func: Any, rest: tuple[Any, ...], named: dict[str, Any], logits: Defe
     indices, dtypes and numbers."""
     name = func.__name__
     given = pytree.tree_leaves((rest, named))
+    if any(isinstance(g, Tensor) and g.requires_grad for g in given):
+        return False
     if name == "to":
         devices = [torch.device(g) for g in given if isinstance(g, str | torch.device)]
         return not any(isinstance(g, Tensor) for g in given) and all(

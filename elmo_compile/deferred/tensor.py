@@ -53,8 +53,12 @@ class State:
                 self._values = self._make()
         return self._values
 
+    def root(self) -> State:
+        """What every step is behind."""
+        return self
+
     def recipe(self) -> tuple[Root, list[Step]]:
-        """The root and every step behind it."""
+        """The root of logits, and every step behind it."""
         raise NotImplementedError
 
     def _make(self) -> Tensor:
@@ -127,6 +131,9 @@ class Derived(State):
     def __init__(self, source: Deferred, step: Step, made: Tensor) -> None:
         super().__init__(made)
         self.source, self.step = source, step
+
+    def root(self) -> State:
+        return self.parent.root()
 
     @property
     def parent(self) -> State:
@@ -266,6 +273,11 @@ class Deferred(Tensor):
     ) -> Any:
         if func is torch.ops.aten.detach.default:
             return Deferred(args[0]._state)
+        if func in _SHAPED and isinstance(args[0], Deferred):
+            # Only the shape is read.
+            size = args[0]._state.fake
+            shaped = torch.zeros((), dtype=size.dtype, device=args[0].device).expand(size.shape)
+            return func(shaped, *args[1:], **(kwargs or {}))
         plain_args, plain_kwargs = pytree.tree_map_only(
             Deferred, lambda d: d._state.real(), (args, kwargs or {})
         )
@@ -274,6 +286,13 @@ class Deferred(Tensor):
         if writes and writes.is_write and isinstance(args[0], Deferred):
             return args[0]
         return result
+
+
+_SHAPED = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in ("ones_like", "zeros_like", "empty_like", "full_like", "rand_like", "randn_like",
+                 "new_empty", "new_zeros", "new_ones", "new_full")
+)  # fmt: skip
 
 
 class _Given(State):

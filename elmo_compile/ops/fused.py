@@ -9,6 +9,7 @@ keeps it from being removed, merged or reordered.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -89,12 +90,28 @@ def fused_head_loss(
     spec = LossSpec.decode(loss)
     weight = owner_by_key(int(handle[0])).param.detach()
     problem = make_problem(x, weight, bias, target, target_aux, spec, chunk, compute)
+    factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
     if deferred and serial_if_deferred(handle) is not None and spec.name != CE:
+        _leave_value(owner_by_key(int(handle[0])), handle, problem, spec, factor)
         value, stats = fake_outputs(x, spec, compute)
         return value.fill_(float("nan")), stats
     rows_N, stats_2N = kernels.select(x.device).forward(problem)
-    factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
     return reduce_rows(rows_N, spec, factor), stats_2N
+
+
+def _leave_value(
+    owner: Owner, handle: Tensor, problem: HeadProblem, spec: LossSpec, factor: Any
+) -> None:
+    """Leave with the owner how this call's loss is computed, should somebody read it early.
+
+    The features are copied: a compiled graph reuses memory that its backward does not need.
+    """
+    from elmo_compile import kernels
+
+    kept = dataclasses.replace(problem, x_ND=problem.x_ND.detach().clone())
+    family = kernels.select(kept.x_ND.device)
+    serial = int(handle[2])
+    owner.leave_value(serial, lambda: reduce_rows(family.forward(kept).rows_N, spec, factor))
 
 
 @fused_head_loss.register_fake
@@ -152,7 +169,7 @@ def fused_head_loss_backward(
         owner.check_ticket(ticket)
         guard = _guard(owner, problem, target, target_aux, scale_N, deferred=need_value)
         update = owner.next_update()
-        with owner.applying():
+        with owner.applying(serial):
             dx, db, rows_N = family.backward_update(
                 problem,
                 stats,

@@ -55,13 +55,28 @@ class Owner:
         self.invalid: Tensor | None = None
         """CUDA: int32 flag, non-zero once an input was invalid and the update was not applied."""
         self.accumulate_node: Any = None
+        self.filling: int | None = None
+        """The serial of the call whose backward is updating the weight now."""
         self._open_losses: OrderedDict[int, Tensor] = OrderedDict()
+        self._unread: dict[int, Callable[[], Tensor]] = {}
 
     def open_loss(self, serial: int, loss: Tensor) -> None:
         """Remember the loss tensor of one forward, to be filled in by its backward."""
         self._open_losses[serial] = loss.detach()
         while len(self._open_losses) > _MAX_OPEN_LOSSES:
             self._open_losses.popitem(last=False)
+
+    def is_open(self, serial: int) -> bool:
+        """Whether the loss of a forward still waits for its value."""
+        return serial in self._open_losses
+
+    def leave_value(self, serial: int, value: Callable[[], Tensor]) -> None:
+        """Keep, until the call returns, how the value of its loss would be computed."""
+        self._unread = {serial: value}
+
+    def take_value(self, serial: int) -> Callable[[], Tensor] | None:
+        """What `leave_value` kept."""
+        return self._unread.pop(serial, None)
 
     def fill_loss(self, serial: int, value: Tensor) -> None:
         """Write the value into the loss tensor that this forward returned."""
@@ -141,8 +156,13 @@ class Owner:
                 )
 
     @contextmanager
-    def applying(self) -> Iterator[None]:
-        """Around the writes of one update: marks the weight inconsistent if they do not finish."""
+    def applying(self, serial: int | None = None) -> Iterator[None]:
+        """Around the writes of one update: marks the weight inconsistent if they do not finish.
+
+        Args:
+            serial: of the call whose backward this is.
+        """
+        self.filling = serial
         about_to_change(self.param)
         self.inconsistent = True
         yield

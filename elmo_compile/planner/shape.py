@@ -87,7 +87,7 @@ class HeadShape:
     def value_in_backward(self) -> bool:
         """Whether the loss value costs no product of its own: deferred, BCE, fused update."""
         return (
-            self.loss_value == "deferred"
+            self.loss_value != "exact"
             and self.fused_update
             and self.trains
             and self.loss.name == BCE

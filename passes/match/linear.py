@@ -110,8 +110,9 @@ def _weight(node: Any, kinds: dict[fx.Node, Kind], *, want_transposed: bool) -> 
 
 
 def _einsum(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> tuple[Any, fx.Node | None]:
-    """`bd,vd->bv` with any letters and either operand order."""
+    """`bd,vd->bv`, `...d,vd->...v`, with any letters and either operand order."""
     equation, operands = args_of(node)[0].replace(" ", ""), list(args_of(node)[1])
+    equation = equation.replace("...", "@")  # One letter for any leading dimensions.
     left, _, out = equation.partition("->")
     terms = left.split(",")
     if len(operands) != 2 or len(terms) != 2 or not out or "." in equation:
@@ -121,6 +122,8 @@ def _einsum(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> tuple[Any, fx.
         tuple(zip(operands[::-1], terms[::-1])),
     ):
         if len(set(w_term)) != 2 or len(w_term) != 2 or len(set(x_term)) != len(x_term):
+            continue
+        if "@" in w_term:
             continue
         for wanted in (False, True):
             label, contracted = w_term if not wanted else w_term[::-1]
