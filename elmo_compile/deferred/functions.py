@@ -196,7 +196,7 @@ def _bound_top(step: Step) -> tuple[int, int, bool] | None:
 def _streamed(logits: Deferred, step: Step) -> Any:
     """A loss or a metric of the logits, compiled together with the product that makes them."""
     state = logits._state
-    if not _reduces(state, step):
+    if not _reduces(state, step) or (logits.requires_grad and not logits.attached):
         return NotImplemented
     root, steps = state.recipe()
     if root.stale and state.available:
@@ -204,10 +204,17 @@ def _streamed(logits: Deferred, step: Step) -> Any:
     root.check()
     steps = [*steps, step]
     tensors = [tensor for s in steps for tensor in s.tensors]
-    result = root.origin.program(steps)(*root.inputs, *tensors)
+    grad = torch.is_grad_enabled() and logits.requires_grad
+    with torch.set_grad_enabled(grad or any(tensor.requires_grad for tensor in tensors)):
+        inputs = root.inputs if grad else [_detached(value) for value in root.inputs]
+        result = root.origin.program(steps)(*inputs, *tensors)
     if isinstance(result, Tensor) and result.requires_grad:
         state.remember(result, step)
     return result
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _reduces(state: State, step: Step) -> bool:

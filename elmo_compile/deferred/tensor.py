@@ -193,6 +193,8 @@ class Deferred(Tensor):
     _state: State
     watched = False
     """Whether someone asked for the gradient of these logits."""
+    attached = False
+    """Whether their gradient goes to the recipe's inputs, and only there."""
 
     @staticmethod
     def __new__(cls, state: State) -> Deferred:
@@ -384,7 +386,8 @@ def defer(origin: Origin, inputs: Sequence[Any], results: Sequence[Any]) -> Tens
         for (kind, position), value in zip(origin.output.sources, values)
     ]
     with torch.set_grad_enabled(grad):
-        made: Tensor = Defer.apply(root, *entering, *carriers)  # type: ignore[no-untyped-call]
+        made: Deferred = Defer.apply(root, *entering, *carriers)  # type: ignore[no-untyped-call]
+    made.attached = True
     return made
 
 
@@ -398,7 +401,8 @@ def derive(logits: Deferred, step: Step) -> Tensor | None:
         return None
     if not isinstance(made, Tensor):
         return None
-    derived: Tensor = Derive.apply(Derived(logits, step, made), logits)  # type: ignore[no-untyped-call]
+    derived: Deferred = Derive.apply(Derived(logits, step, made), logits)  # type: ignore[no-untyped-call]
+    derived.attached = logits.attached
     return derived
 
 

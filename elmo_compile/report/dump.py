@@ -8,17 +8,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch.fx import GraphModule
-
 from elmo_compile.planner import HeadMemory, Plan, Term
 from elmo_compile.report.records import Match, Report, Section
 from elmo_compile.report.render import dtype_name, render
+from elmo_compile.report.source import graph_source
 
 
 def dump(report: Report, folder: Path) -> Path:
     """Write `report.txt`, `ledger.json` and, a section, `before.py`, `after.py`.
 
-    The graph files are readable (shapes and source lines as comments) and compile as Python.
+    The graph files are readable (shapes and source lines as comments) and run by themselves, on
+    random inputs of the sizes that were compiled.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.txt").write_text(render(report) + "\n", encoding="utf-8")
@@ -31,13 +31,10 @@ def dump(report: Report, folder: Path) -> Path:
         for which, graph in (("before", section.graph_before), ("after", section.graph_after)):
             if graph is not None:
                 place.mkdir(exist_ok=True)
-                (place / f"{which}.py").write_text(graph_source(graph), encoding="utf-8")
+                outputs = min((match.num_outputs for match in section.matches), default=1)
+                text = graph_source(graph, section.graph_before or graph, outputs)
+                (place / f"{which}.py").write_text(text, encoding="utf-8")
     return folder
-
-
-def graph_source(graph: GraphModule) -> str:
-    """Python source of a graph, with shapes and source lines where the graph knows them."""
-    return str(graph.print_readable(print_output=False, include_stride=False)) + "\n"
 
 
 def _section(section: Section) -> dict[str, Any]:

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+EXAMPLE = "elmo_example"
+"""Key of a node's meta."""
+
+
+class Example(NamedTuple):
+    """What a value looked like when its graph was compiled: enough to make another like it."""
+
+    shape: tuple[int, ...]
+    """Of a tensor; the number alone, of a size."""
+    dtype: torch.dtype | None
+    """None for a size."""
+    requires_grad: bool
+
+
+def _number(size: Any) -> int:
+    """A size as the number it was traced with."""
+    return size if type(size) is int else int(getattr(size.node, "hint", None) or 1)
 
 
 class Removed(nn.Module):
@@ -59,6 +78,12 @@ def _light_attribute(graph: fx.GraphModule, target: str) -> Any:
 def _light_meta(meta: dict[str, Any]) -> dict[str, Any]:
     kept = {key: meta[key] for key in KEPT_META if key in meta}
     value = meta.get("val", meta.get("example_value"))
+    if EXAMPLE in meta:
+        kept[EXAMPLE] = meta[EXAMPLE]
+    elif isinstance(value, torch.Tensor):
+        kept[EXAMPLE] = Example(tuple(map(_number, value.shape)), value.dtype, value.requires_grad)
+    elif isinstance(value, int | torch.SymInt):
+        kept[EXAMPLE] = Example((_number(value),), None, False)
     if isinstance(value, torch.Tensor):
         kept["tensor_meta"] = _as_text(value)
     elif "tensor_meta" in meta:

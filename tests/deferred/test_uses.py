@@ -93,6 +93,25 @@ def written_in_another_graph(z: Tensor, y: Tensor) -> Tensor:
     return backward(made.exp().mean() + F.cross_entropy(z, y))
 
 
+def own_leaf(z: Tensor, y: Tensor) -> Tensor | None:
+    leaf = z.detach().requires_grad_()
+    backward(F.cross_entropy(leaf, y))
+    return leaf.grad
+
+
+def beside(z: Tensor, y: Tensor) -> Tensor:
+    """A loss of detached logits passes nothing on."""
+    shown = F.cross_entropy(z.detach(), y)
+    assert not shown.requires_grad
+    return backward(F.cross_entropy(z, y) + 2 * shown)
+
+
+def learned_temperature(z: Tensor, y: Tensor) -> Tensor | None:
+    log_t = torch.zeros((), requires_grad=True)
+    backward(F.cross_entropy(z.detach() * log_t.exp(), y))
+    return log_t.grad
+
+
 STREAMED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "cross_entropy": lambda z, y: backward(F.cross_entropy(z, y)),
     "module": lambda z, y: backward(nn.BCEWithLogitsLoss()(z, F.one_hot(y, L).float())),
@@ -106,6 +125,7 @@ STREAMED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "temperature": lambda z, y: backward(F.cross_entropy(z / 0.5, y)),
     "softcap": lambda z, y: backward(F.cross_entropy(torch.tanh(z / 30) * 30, y)),
     "nll": lambda z, y: backward(F.nll_loss(F.log_softmax(z, -1), y)),
+    "detached_beside": beside,
     "rows": lambda z, y: backward(F.cross_entropy(z, y, reduction="none").mean()),
     "argmax": lambda z, y: z.argmax(-1),
     "argmax_keepdim": lambda z, y: torch.argmax(z, dim=1, keepdim=True),
@@ -146,6 +166,8 @@ MADE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "printed": lambda z, y: str(z.detach()),
     "data_ptr": lambda z, y: z.data_ptr() != 0,
     "stacked": lambda z, y: torch.stack([z, z]),
+    "own_leaf": own_leaf,
+    "learned_temperature": learned_temperature,
     "grad_of_values": lambda z, y: torch.autograd.grad(z.exp().sum(), z)[0],
     "grad_of_streamed": lambda z, y: torch.autograd.grad(F.cross_entropy(z, y), z)[0],
     "grad_of_cast": lambda z, y: torch.autograd.grad(3 * F.cross_entropy(z.double(), y), [z])[0],
