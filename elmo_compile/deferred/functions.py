@@ -61,6 +61,9 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*plain[0], **plain[1])
     if func is torch.autograd.grad:
         return gradient(*args, **kwargs)
+    if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+        args[0].replace_values(args[1])
+        return None
     logits, rest, named = _logits_first(func, args, kwargs)
     if logits is None:
         return NotImplemented

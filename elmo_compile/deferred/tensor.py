@@ -221,6 +221,15 @@ class Deferred(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return self.view(self.shape)
 
+    def replace_values(self, values: Tensor) -> None:
+        """`logits.data = values`. Raises RuntimeError if they are of another shape or dtype."""
+        if values.shape != self.shape or values.dtype != self.dtype:
+            raise RuntimeError(
+                f"deferred logits of shape {tuple(self.shape)} and {self.dtype} cannot take data "
+                f"of shape {tuple(values.shape)} and {values.dtype}; call .materialize() first"
+            )
+        self._state = _Given(values.detach())
+
     def become_view(self) -> None:
         """Turn a deferred view into the view itself: a write into it must reach what it views."""
         state = self._state

@@ -112,6 +112,11 @@ def learned_temperature(z: Tensor, y: Tensor) -> Tensor | None:
     return log_t.grad
 
 
+def with_other_data(z: Tensor, y: Tensor) -> Tensor:
+    z.data = torch.ones(N, L)
+    return F.cross_entropy(z, y)
+
+
 STREAMED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "cross_entropy": lambda z, y: backward(F.cross_entropy(z, y)),
     "module": lambda z, y: backward(nn.BCEWithLogitsLoss()(z, F.one_hot(y, L).float())),
@@ -165,6 +170,7 @@ MADE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "dlpack": lambda z, y: torch.from_dlpack(z.detach()),
     "printed": lambda z, y: str(z.detach()),
     "data_ptr": lambda z, y: z.data_ptr() != 0,
+    "data_replaced": with_other_data,
     "stacked": lambda z, y: torch.stack([z, z]),
     "own_leaf": own_leaf,
     "learned_temperature": learned_temperature,
