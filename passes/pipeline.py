@@ -30,6 +30,7 @@ from elmo_compile.passes.records import (
     ProgramMatch,
     Region,
 )
+from elmo_compile.passes.weights import store_by_outputs
 from elmo_compile.report.records import Code, Refusal
 
 
@@ -78,15 +79,21 @@ PASSES: tuple[Callable[[Any, Options], Any], ...] = (
 def analyze(module: fx.GraphModule, options: Options) -> Analysis:
     """Find, retrace, match and plan every candidate head of a graph, logits that leave it included.
 
-    Logits are left in the graph where the graph needs them all the same.
+    Logits are left in the graph where the graph needs them all the same; so is a weight stored by
+    features where its head is refused.
     """
     keep: set[int] = set()
+    by_outputs = True
     while True:
         copy = copy_module(module)
+        by_outputs = by_outputs and store_by_outputs(copy, options.min_outputs)
         taken = [
             (output, _plan_top(output, options)) for output in defer_outputs(copy, options, keep)
         ]
         analysis = _analyze(copy, options)
+        if by_outputs and analysis.refusals:
+            by_outputs = False  # Not for nothing.
+            continue
         inside = {node for head in analysis.heads for node in head.match.region.nodes}
         remaining = set(copy.graph.nodes) - inside
         useless = {o.position for o, top in taken if top is None or o.seed in remaining}

@@ -239,6 +239,16 @@ def test_a_language_model_with_a_fused_update() -> None:
     torch.testing.assert_close(model.lm_head.weight, twin.lm_head.weight, rtol=1e-4, atol=1e-6)
 
 
+def test_generate() -> None:
+    """Each step reads the last row of the logits."""
+    model = MODELS["LlamaForCausalLM"]().eval()
+    prompt = torch.randint(3, 100, (1, 4))
+    expected = model.generate(prompt, max_new_tokens=4, do_sample=False)
+    model.forward = torch.compile(model.forward, backend="elmo", options=OPTIONS)
+    assert torch.equal(model.generate(prompt, max_new_tokens=4, do_sample=False), expected)
+    assert any(match.deferred for report in elmo.reports() for match in report.matches)
+
+
 class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __init__(self) -> None:
         self.tokens = torch.randint(3, 100, (8, 8))

@@ -49,6 +49,17 @@ class Cast(Base):
         return F.cross_entropy((h @ self.head.weight.bfloat16().t()).float(), y)
 
 
+class Stored(Base):
+    """The weight is stored [D, L]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(D, L) / 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.features(x) @ self.kernel, y)
+
+
 class Scaled(Base):
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +184,7 @@ class CompiledAlone(Base):
 
 
 MODELS: dict[type[Base], int] = {
-    Tied: 1, Cast: 1, Scaled: 1, Normalised: 1, WeightNorm: 1, Lora: 1,
+    Tied: 1, Cast: 1, Stored: 1, Scaled: 1, Normalised: 1, WeightNorm: 1, Lora: 1,
     Bottleneck: 1, TwoHeads: 2, Twice: 2, FrozenHead: 1, FrozenEncoder: 1, Checkpointed: 1,
     Breaks: 1,
 }  # fmt: skip
@@ -226,7 +237,9 @@ def test_a_submodule_compiled_alone() -> None:
     assert_alike(model, plain)
 
 
-@pytest.mark.parametrize("kind", [Tied, Scaled, Twice, Lora], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [Tied, Stored, Scaled, Twice, Lora], ids=lambda kind: kind.__name__
+)
 def test_what_cannot_be_fused_is_trained_by_its_gradient(kind: type[Base]) -> None:
     model = kind()
     plain, given = copy.deepcopy(model), batch()

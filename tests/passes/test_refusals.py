@@ -179,12 +179,6 @@ REFUSED: dict[str, tuple[Any, Any, Code, str]] = {
         Code.UNKNOWN_LOSS,
         "ce(",
     ),
-    "stored_transposed": (
-        lambda x, w, y: ce(x @ w, y),
-        lambda: (features(), weight(D, L), classes()),
-        Code.WEIGHT_COMPUTED,
-        "x @ w",
-    ),
     "square_untransposed": (lambda x, w, y: ce(x @ w, y), square, Code.WEIGHT_COMPUTED, "x @ w"),
     "square_twice": (
         lambda x, w, y: ce(x @ w.t().t(), y),
