@@ -67,6 +67,7 @@ PRIVATE = ("_inductor", "_functorch", "_dynamo", "_C", "_guards", "_subclasses")
 MAY_TOUCH_PRIVATE: dict[str, set[str]] = {
     # file -> the private torch packages it names; each says which versions it was tried on
     "elmo_compile/backend.py": {"_guards"},
+    "elmo_compile/deferred/functions.py": {"_guards"},
     "elmo_compile/deferred/gradient.py": {"_C"},
     "elmo_compile/deferred/origin.py": {"_subclasses"},
     "elmo_compile/deferred/tensor.py": {"_C"},

@@ -42,11 +42,13 @@ LOSSES = {
 TOPS = _methods("argmax", "topk", "max")
 """Answered by the largest values of each row."""
 
+STORAGES = _methods("untyped_storage", "storage")
+
 READS = _methods(
-    "numpy", "tolist", "data_ptr", "untyped_storage", "storage", "__deepcopy__", "__reduce_ex__",
+    "numpy", "tolist", "data_ptr", "__deepcopy__", "__reduce_ex__",
     "__dlpack__", "__dlpack_device__", "__array__", "__format__", "share_memory_",
     "is_shared", "pin_memory", "is_set_to",
-)  # fmt: skip
+) | STORAGES  # fmt: skip
 """Python's ways around the dispatcher: they are given an ordinary tensor."""
 
 
@@ -56,6 +58,8 @@ WATCHES = _methods("register_hook", "retain_grad")
 
 def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of `func`, or NotImplemented where it is to run on the values."""
+    if func in STORAGES and torch._guards.TracingContext.try_get() is not None:
+        return NotImplemented  # Dynamo of torch 2.11 tells tensors apart by their storages.
     if func in READS:
         plain = pytree.tree_map_only(Deferred, Deferred.materialize, (args, kwargs))
         return func(*plain[0], **plain[1])
