@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import elmo_compile as elmo
 from elmo_compile import ops
+from elmo_compile.config import Options
 from elmo_compile.numerics.losses import BCE, CE, LossSpec
 from elmo_compile.ops.fused import open_call
 from elmo_compile.ops.owners import owner_of
+from elmo_compile.passes.pipeline import analyze
+from elmo_compile.runtime import CompiledGraph
 
 ops.load()
 N, D, L = 4, 5, 33
@@ -93,3 +97,53 @@ def test_multi_hot():
         (torch.tensor([3, 3, 5]), L, torch.tensor([0, 1, 3])),
     ):
         torch.library.opcheck(torch.ops.elmo.multi_hot.default, args, test_utils=FUNCTIONAL)
+
+
+class Arguments(torch.fx.Interpreter):
+    """Runs a graph up to a call of one op, and keeps what it is called with."""
+
+    def __init__(self, module, target):
+        super().__init__(module)
+        self.wanted, self.found = target, None
+
+    def call_function(self, target, args, kwargs):
+        if target is self.wanted:
+            self.found = args
+        return super().call_function(target, args, kwargs)
+
+
+def program_call(fused):
+    """Arguments of the op that a loss without kernels of its own becomes."""
+    torch._dynamo.reset()
+    x, w, _ = head()
+    w = nn.Parameter(w.detach())
+    optimizer = elmo.optim.SGD([w], lr=0.1) if fused else None
+    found = []
+
+    def backend(gm, inputs):
+        options = Options(min_outputs=16, lower="eager", chunk_size=7)
+        compiled = CompiledGraph(analyze(gm, options), inputs, options)
+        arguments = Arguments(compiled.first.module, PROGRAMS[fused])
+        arguments.run(*compiled._arguments(compiled.first, inputs))
+        found.append(arguments.found)
+        return gm
+
+    y = torch.randint(0, L, (N,))
+    step = torch.compile(
+        lambda x, w: F.cross_entropy(x @ w.t(), y, label_smoothing=0.1), backend=backend
+    )
+    step(x, w)
+    return found[0], optimizer
+
+
+PROGRAMS = {
+    False: torch.ops.elmo.head_program.default,
+    True: torch.ops.elmo.fused_head_program.default,
+}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_head_program(fused):
+    args, optimizer = program_call(fused)
+    torch.library.opcheck(PROGRAMS[fused], args, test_utils=CONTRACT if fused else FUNCTIONAL)
+    del optimizer
