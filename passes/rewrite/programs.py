@@ -10,6 +10,7 @@ import torch.fx as fx
 
 from elmo_compile.passes.graphs import tensor_of
 from elmo_compile.passes.records import PlannedHead, ProgramMatch
+from elmo_compile.passes.rewrite.emitter import Emitter
 from elmo_compile.passes.rewrite.inputs import Inputs
 
 aten = torch.ops.aten
@@ -19,14 +20,14 @@ def replace_program(
     head: PlannedHead,
     fused: bool,
     grad: bool,
-    emit: Any,
+    emit: Emitter,
     path: tuple[fx.Node, ...],
     inputs: Inputs,
 ) -> list[fx.Node]:
     """The nodes that stand for the region's outputs, in order.
 
     Args:
-        emit: writes nodes into the copied graph (`heads._Emitter`).
+        emit: writes nodes into the copied graph.
     """
     match = head.match
     assert isinstance(match, ProgramMatch)
