@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,8 +22,10 @@ from elmo_compile.deferred.tensor import defer
 from elmo_compile.lowering import lower, lower_later
 from elmo_compile.ops.exclusion import is_excluded
 from elmo_compile.ops.fused import open_call, serial_if_deferred
+from elmo_compile.ops.kept import Tops, collecting
 from elmo_compile.ops.linear import carry
 from elmo_compile.ops.owners import Owner, owner_of
+from elmo_compile.passes.defer import same_logits
 from elmo_compile.passes.pipeline import Analysis
 from elmo_compile.passes.records import DeferredOutput, PlannedHead, Rewritten
 from elmo_compile.passes.rewrite import rewrite
@@ -52,6 +55,12 @@ class CompiledGraph:
         self._was_fused: list[weakref.ref[Owner] | None] = [None] * len(analysis.heads)
         self._warned = False
         self._origins = [self._origin(*pair) for pair in analysis.deferred]
+        self._collected = {
+            origin: head.weight_input
+            for origin in self._origins
+            for head in analysis.heads
+            if head.weight_input is not None and same_logits(origin.output, head)
+        }
         first_added = [output.added_from for output, _ in analysis.deferred]
         self._num_results = min(first_added, default=0)
         self._first_kinds = tuple(treatment.kind for treatment in self.treatments(inputs))
@@ -76,17 +85,29 @@ class CompiledGraph:
         variant, compiled = self._variant(tuple(treatment.kind for treatment in treatments))
         self._notice_lost_owners(treatments, inputs)
         arguments = self._arguments(variant, inputs)
-        results = compiled(*arguments)
+        with self._collecting(inputs) as tops:
+            results = compiled(*arguments)
         results = self._open_losses(variant, arguments, treatments, results)
-        return self._with_deferred(inputs, results)
+        return self._with_deferred(inputs, results, tops)
 
-    def _with_deferred(self, inputs: Sequence[Any], results: Any) -> Any:
+    def _collecting(self, inputs: Sequence[Any]) -> AbstractContextManager[Tops]:
+        """Around a call: what deferred logits keep is collected by the loss pass, where it can."""
+        wanted = [inputs[p] for o, p in self._collected.items() if o.large]
+        if not wanted or not torch.is_grad_enabled():
+            return nullcontext({})
+        return collecting(wanted)
+
+    def _with_deferred(self, inputs: Sequence[Any], results: Any, tops: Tops) -> Any:
         """The results, with deferred logits where the graph left them out."""
         if not self._origins:
             return results
         returned = list(results[: self._num_results])
         for origin in self._origins:
-            returned[origin.output.position] = defer(origin, inputs, results)
+            weight = self._collected.get(origin)
+            found = [] if weight is None else tops.get(inputs[weight].data_ptr(), [])
+            # Two passes over one weight: which of them these logits belong to is not known.
+            top = found[0] if len(found) == 1 else None
+            returned[origin.output.position] = defer(origin, inputs, results, top)
         return tuple(returned)
 
     def _variant(self, kinds: tuple[str, ...]) -> tuple[Rewritten, Callable[..., Any]]:

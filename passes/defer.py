@@ -18,14 +18,49 @@ import torch
 import torch.fx as fx
 
 from elmo_compile.config import Options
+from elmo_compile.ops.kept import KEPT
 from elmo_compile.passes.find import find_regions, grow
 from elmo_compile.passes.graphs import Site, ancestors, hint, hints, tensor_of, value_of
 from elmo_compile.passes.hazards import may_draw, shares_memory, written_nodes
 from elmo_compile.passes.modes import ambient_autocast, autocast_states
-from elmo_compile.passes.records import Autocast, DeferredOutput, Region, Source
+from elmo_compile.passes.records import (
+    Autocast,
+    DeferredOutput,
+    HeadMatch,
+    PlannedHead,
+    Region,
+    Source,
+)
 
-KEPT = 5
-"""Largest logits of a row that outlive an update of the weight."""
+aten = torch.ops.aten
+
+_SAME_LOGITS = frozenset(
+    {"float", "to", "double", "bfloat16", "half", "view", "reshape", "contiguous", "flatten"}
+)
+_SAME_ROWS = frozenset(
+    {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.contiguous.default,
+     aten.clone.default, aten.alias.default, aten.to.dtype, aten.flatten.using_ints}
+)  # fmt: skip
+
+
+def same_logits(output: DeferredOutput, head: PlannedHead) -> bool:
+    """Whether the loss pass of a head runs over the very logits that were taken out: the same
+    product, in the same dtype, with nothing but views behind it on either side."""
+    match, seed = head.match, output.seed
+    if not isinstance(match, HeadMatch) or match.region.seed is not seed:
+        return False
+    nodes = list(output.recipe.graph.nodes)
+    behind = nodes[[node.name for node in nodes].index(seed.name) + 1 : -1]
+    made, product = tensor_of(nodes[-1].args[0]), tensor_of(seed)
+    assert made is not None
+    assert product is not None
+    exact = made.dtype == product.dtype == head.compute_dtype
+    return (
+        exact
+        and (match.bias is None or made.dtype == torch.float32)
+        and all(node.target in _SAME_LOGITS for node in behind)
+        and all(op.op in _SAME_ROWS for op in match.row_ops)
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from elmo_compile.deferred.gradient import gradient
 from elmo_compile.deferred.origin import FAKES, fake
 from elmo_compile.deferred.step import Step
 from elmo_compile.deferred.tensor import Deferred, Derived, Root, State, derive
-from elmo_compile.passes.defer import KEPT
+from elmo_compile.ops.kept import KEPT
 
 
 def _methods(*names: str) -> set[Any]:

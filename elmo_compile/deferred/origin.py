@@ -39,6 +39,8 @@ class Origin:
         self._top = top
         self._programs: dict[Any, Callable[..., Any]] = {}
         self._shapes: dict[Any, Tensor] = {}
+        self.large = self.keeps_whole == 0
+        """Whether the logits of the last call were too many to be kept whole."""
         self.carriers = sum(kind == "carrier" for kind, _ in output.sources)
         fake_seed = tensor_of(output.seed)
         assert fake_seed is not None

@@ -76,9 +76,11 @@ class State:
 class Root(State):
     """A recipe and the inputs of one call."""
 
-    def __init__(self, origin: Origin, inputs: Sequence[Any]) -> None:
+    def __init__(self, origin: Origin, inputs: Sequence[Any], collected: Any = None) -> None:
         super().__init__(origin.fake(inputs))
         self.origin = origin
+        rows = self.fake.numel() // self.fake.shape[-1]
+        self._collected = collected if collected is not None and collected.rows == rows else None
         self.inputs = tuple(inputs)
         self._versions = [_version(value) for value in inputs]
         self._top: tuple[Tensor, ...] | None = None
@@ -110,16 +112,26 @@ class Root(State):
 
     def top(self) -> tuple[Tensor, ...] | None:
         if self._top is None:
-            if self.stale:
+            if self._collected is not None:
+                self._top = self._shaped(*self._collected.result())
+            elif self.stale:
                 return None
-            self._top = self.origin.top(self.inputs)
+            else:
+                self._top = self.origin.top(self.inputs)
         return self._top
+
+    def _shaped(self, values: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
+        """The largest logits that a loss pass collected, [N, k], as `Origin.top` gives them."""
+        rows = self.fake.shape[:-1]
+        values = values.to(self.fake.dtype).reshape(*rows, -1)
+        indices = indices.reshape(*rows, -1)
+        return indices[..., 0], values, indices
 
     def before_change(self) -> None:
         """Keep what can be kept: the values where they are small, else the top of each row."""
         if self._values is not None or self.stale:
             return
-        if self.fake.numel() * self.fake.element_size() <= self.origin.keeps_whole:
+        if not self.origin.large:
             self.real()
         else:
             self.top()
@@ -370,13 +382,16 @@ def _gradients(make: Any, inputs: Sequence[Any], wanted: Sequence[bool], grad: T
     return [next(found) if wants else None for wants in wanted]
 
 
-def defer(origin: Origin, inputs: Sequence[Any], results: Sequence[Any]) -> Tensor:
+def defer(
+    origin: Origin, inputs: Sequence[Any], results: Sequence[Any], collected: Any = None
+) -> Tensor:
     """The deferred logits of one call of a graph.
 
     Args:
         origin: the recipe.
         inputs: the graph's inputs, as it was called.
         results: its results, with what the recipe reads behind them.
+        collected: `TopRows` of the loss pass over these logits, if it made them.
     """
     grad = origin.output.requires_grad and torch.is_grad_enabled()
     values: list[Any] = []
@@ -388,7 +403,9 @@ def defer(origin: Origin, inputs: Sequence[Any], results: Sequence[Any]) -> Tens
             carriers.append(carry(value) if wanted else None)
         else:
             values.append(value)
-    root = Root(origin, values)
+    root = Root(origin, values, collected)
+    size = root.fake.numel() * root.fake.element_size()
+    origin.large = size > origin.keeps_whole
     carried = {p for kind, p in origin.output.sources if kind == "carrier"}
     entering = [
         value.detach() if kind == "input" and position in carried else value

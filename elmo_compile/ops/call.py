@@ -6,13 +6,32 @@ import torch
 from torch import Tensor
 
 from elmo_compile.errors import InputError
-from elmo_compile.kernels.problem import HeadProblem
+from elmo_compile.kernels.problem import Forward, HeadProblem
 from elmo_compile.numerics.losses import BCE, CE, LossSpec
+from elmo_compile.ops.kept import KEPT, collector
 
 
 def accumulate_dtype(compute: torch.dtype) -> torch.dtype:
     """The dtype logits, losses and dx are accumulated in."""
     return torch.float64 if compute == torch.float64 else torch.float32
+
+
+def loss_pass(problem: HeadProblem) -> Forward:
+    """The loss of each row and its statistics; each row's largest logits too, if anyone wants them
+    and the device's kernels can."""
+    from elmo_compile import kernels
+
+    family = kernels.select(problem.x_ND.device)
+    wanted, collect = collector(problem.w_LD), getattr(family, "TopRows", None)
+    if wanted is None or collect is None or problem.w_LD.shape[0] < KEPT:
+        plain: Forward = family.forward(problem)
+        return plain
+    bias = problem.b_L
+    bias_L1 = None if bias is None else bias.detach().to(torch.float32)[:, None]
+    top = collect(problem.x_ND.shape[0], KEPT, bias_L1)
+    watched: Forward = family.forward(problem, top)
+    wanted.append(top)
+    return watched
 
 
 def make_problem(

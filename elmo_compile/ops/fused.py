@@ -20,6 +20,7 @@ from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.numerics.losses import CE, LossSpec
 from elmo_compile.ops.call import (
     labels_out_of_range,
+    loss_pass,
     make_problem,
     reduce_rows,
     row_factor,
@@ -85,7 +86,6 @@ def fused_head_loss(
     compute: torch.dtype,
     deferred: bool,
 ) -> tuple[Tensor, Tensor]:
-    from elmo_compile import kernels
 
     spec = LossSpec.decode(loss)
     weight = owner_by_key(int(handle[0])).param.detach()
@@ -95,7 +95,7 @@ def fused_head_loss(
         _leave_value(owner_by_key(int(handle[0])), handle, problem, spec, factor)
         value, stats = fake_outputs(x, spec, compute)
         return value.fill_(float("nan")), stats
-    rows_N, stats_2N = kernels.select(x.device).forward(problem)
+    rows_N, stats_2N = loss_pass(problem)
     return reduce_rows(rows_N, spec, factor), stats_2N
 
 

@@ -16,6 +16,7 @@ from elmo_compile.numerics.losses import CE, LossSpec
 from elmo_compile.ops.call import (
     accumulate_dtype,
     assert_labels,
+    loss_pass,
     make_problem,
     reduce_rows,
     row_factor,
@@ -43,12 +44,11 @@ def head_loss(
     chunk: int,
     compute: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    from elmo_compile import kernels
 
     spec = LossSpec.decode(loss)
     problem = make_problem(x, weight, bias, target, target_aux, spec, chunk, compute)
     assert_labels(spec, target, target_aux, x.shape[0], weight.shape[0])
-    rows_N, stats_2N = kernels.select(x.device).forward(problem)
+    rows_N, stats_2N = loss_pass(problem)
     factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
     return reduce_rows(rows_N, spec, factor), stats_2N
 

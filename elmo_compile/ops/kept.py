@@ -1,16 +1,27 @@
-"""Who wants to be told before a weight changes: deferred logits that someone still holds.
+"""What outlives an update of a weight, for deferred logits that someone still holds.
 
-An update inside a backward says so itself; `torch.optim` says so through its step hook.
+Who wants to know is told before a weight changes: an update inside a backward says so itself,
+`torch.optim` says so through its step hook. The largest logits of each row are collected by the
+loss pass itself where it runs over the very logits.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
+
+KEPT = 5
+"""Largest logits of a row that outlive an update of the weight."""
+
+Tops = dict[int, list[Any]]
+"""Address of a weight -> the collected largest logits of each pass over it (`TopRows`)."""
 
 
 class Watcher(Protocol):
@@ -44,3 +55,23 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     for group in optimizer.param_groups:
         for weight in group["params"]:
             about_to_change(weight)
+
+
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def collecting(weights: Iterable[Tensor]) -> Iterator[Tops]:
+    """Let loss passes over these weights, in this thread, collect each row's largest logits."""
+    before = getattr(_local, "tops", None)
+    _local.tops = {weight.data_ptr(): [] for weight in weights}
+    try:
+        yield _local.tops
+    finally:
+        _local.tops = before
+
+
+def collector(weight: Tensor) -> list[Any] | None:
+    """Where a pass over this weight is to leave what it collects; None if nobody wants it."""
+    tops: Tops | None = getattr(_local, "tops", None)
+    return None if tops is None else tops.get(weight.data_ptr())

@@ -268,3 +268,36 @@ def test_the_logits_never_exist() -> None:
     assert 0 <= int(correct) <= rows
     assert z._state.values is None
     assert mode.peak < rows * outputs * 4 / 2
+
+
+@pytest.mark.parametrize("optimizer", [elmo.optim.SGD, torch.optim.SGD])
+@pytest.mark.parametrize("form", ["plain", "sequence"])
+def test_the_loss_pass_keeps_the_top(
+    form: str, optimizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and logits of one graph: no product of its own for what is kept."""
+
+    class Sequence(Both):
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            z = Net.forward(self, x.view(3, 4, 5))
+            return {"loss": F.cross_entropy(z.float().view(-1, L), y), "logits": z}
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("a pass of its own")
+
+    torch.manual_seed(0)
+    model = fresh(Sequence() if form == "sequence" else Both())
+    opt = optimizer(model.parameters(), lr=0.5)
+    options = {**OPTIONS, "deferred_logits": True}
+    run: Any = torch.compile(model, backend="elmo", options=options)
+    monkeypatch.setattr("elmo_compile.deferred.origin.Origin.top", never)
+    for x, y in batches(3):
+        with torch.no_grad():
+            expected = model(x, y)["logits"]
+        got = run(x, y)
+        got["loss"].backward()
+        opt.step()
+        opt.zero_grad()
+        assert got["logits"].shape == expected.shape
+        assert torch.equal(got["logits"].argmax(-1), expected.argmax(-1))
+        torch.testing.assert_close(got["logits"].topk(5), expected.topk(5))

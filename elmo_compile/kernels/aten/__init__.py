@@ -16,11 +16,12 @@ from torch import Tensor
 
 from elmo_compile.kernels.aten.head import BiasGradient, FeatureGradient, Head, WeightGradient
 from elmo_compile.kernels.aten.row_losses import BinaryRows, SoftmaxRows, TargetScores
+from elmo_compile.kernels.aten.topk import TopRows
 from elmo_compile.kernels.aten.topk import topk as _topk
 from elmo_compile.kernels.problem import Forward, Gradients, HeadProblem, UpdateResult
 from elmo_compile.numerics.update import Update
 
-__all__ = ["backward", "backward_update", "forward", "topk"]
+__all__ = ["TopRows", "backward", "backward_update", "forward", "topk"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -42,17 +43,24 @@ topk = _plain_mode(_topk)
 
 
 @_plain_mode
-def forward(p: HeadProblem) -> Forward:
-    """Loss of each row, and its log-sum-exp for cross entropy: one product."""
+def forward(p: HeadProblem, top: TopRows | None = None) -> Forward:
+    """Loss of each row, and its log-sum-exp for cross entropy: one product.
+
+    `top`, if given, takes in every chunk's logits.
+    """
     head = Head(p)
     if head.loss.is_ce:
         softmax = SoftmaxRows(head)
         for start, stop, _, z_CN in head.chunks():
             softmax.add(z_CN, start, stop)
+            if top is not None:
+                top.add(z_CN, start)
         return softmax.result()
     binary = BinaryRows(head)
     for start, stop, _, z_CN in head.chunks():
         binary.add(z_CN, start, stop)
+        if top is not None:
+            top.add(z_CN, start)
     return binary.result()
 
 
