@@ -49,18 +49,24 @@ def same_logits(output: DeferredOutput, head: PlannedHead) -> bool:
     match, seed = head.match, output.seed
     if not isinstance(match, HeadMatch) or match.region.seed is not seed:
         return False
-    nodes = list(output.recipe.graph.nodes)
-    behind = nodes[[node.name for node in nodes].index(seed.name) + 1 : -1]
-    made, product = tensor_of(nodes[-1].args[0]), tensor_of(seed)
-    assert made is not None
+    product = tensor_of(seed)
     assert product is not None
-    exact = made.dtype == product.dtype == head.compute_dtype
     return (
-        exact
-        and (match.bias is None or made.dtype == torch.float32)
-        and all(node.target in _SAME_LOGITS for node in behind)
+        bare_product(output)
+        and product.dtype == head.compute_dtype
+        and (match.bias is None or product.dtype == torch.float32)
         and all(op.op in _SAME_ROWS for op in match.row_ops)
     )
+
+
+def bare_product(output: DeferredOutput) -> bool:
+    """Whether logits that were taken out are a product as it is, but for views."""
+    nodes = list(output.recipe.graph.nodes)
+    behind = nodes[[node.name for node in nodes].index(output.seed.name) + 1 : -1]
+    made, product = tensor_of(nodes[-1].args[0]), tensor_of(output.seed)
+    assert made is not None
+    assert product is not None
+    return made.dtype == product.dtype and all(node.target in _SAME_LOGITS for node in behind)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from elmo_compile.deferred.gradient import gradient
 from elmo_compile.deferred.origin import FAKES, fake
 from elmo_compile.deferred.step import Step
 from elmo_compile.deferred.tensor import Deferred, Derived, Root, State, derive
-from elmo_compile.ops.kept import KEPT
+from elmo_compile.ops.kept import KEPT, Tops, collecting
 
 
 def _methods(*names: str) -> set[Any]:
@@ -214,10 +215,22 @@ def _streamed(logits: Deferred, step: Step) -> Any:
     grad = torch.is_grad_enabled() and logits.requires_grad
     with torch.set_grad_enabled(grad or any(tensor.requires_grad for tensor in tensors)):
         inputs = root.inputs if grad else [_detached(value) for value in root.inputs]
-        result = root.origin.program(steps)(*inputs, *tensors)
+        with _collecting(root, state, step) as tops:
+            result = root.origin.program(steps)(*inputs, *tensors)
+    passes = [found for at_weight in tops.values() for found in at_weight]
+    if len(passes) == 1:
+        root.collect(passes[0])
     if isinstance(result, Tensor) and result.requires_grad:
         state.remember(result, step)
     return result
+
+
+def _collecting(root: Root, state: State, step: Step) -> AbstractContextManager[Tops]:
+    """Around a loss of the logits as they are: its pass may collect what outlives an update."""
+    same = state is root and step.func in LOSSES and root.origin.bare_product
+    if not (same and root.origin.large and root.fake.dtype == torch.float32):
+        return nullcontext({})
+    return collecting(value for value in root.inputs if isinstance(value, torch.nn.Parameter))
 
 
 def _detached(value: Any) -> Any:

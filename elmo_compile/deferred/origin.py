@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elmo_compile.config import Options
 from elmo_compile.deferred.step import Step
+from elmo_compile.passes.defer import bare_product
 from elmo_compile.passes.graphs import tensor_of
 from elmo_compile.passes.records import DeferredOutput
 
@@ -39,6 +40,7 @@ class Origin:
         self._top = top
         self._programs: dict[Any, Callable[..., Any]] = {}
         self._shapes: dict[Any, Tensor] = {}
+        self.bare_product = bare_product(output)
         self.large = self.keeps_whole == 0
         """Whether the logits of the last call were too many to be kept whole."""
         self.carriers = sum(kind == "carrier" for kind, _ in output.sources)

@@ -79,8 +79,9 @@ class Root(State):
     def __init__(self, origin: Origin, inputs: Sequence[Any], collected: Any = None) -> None:
         super().__init__(origin.fake(inputs))
         self.origin = origin
-        rows = self.fake.numel() // self.fake.shape[-1]
-        self._collected = collected if collected is not None and collected.rows == rows else None
+        self._collected: Any = None
+        if collected is not None:
+            self.collect(collected)
         self.inputs = tuple(inputs)
         self._versions = [_version(value) for value in inputs]
         self._top: tuple[Tensor, ...] | None = None
@@ -119,6 +120,11 @@ class Root(State):
             else:
                 self._top = self.origin.top(self.inputs)
         return self._top
+
+    def collect(self, top: Any) -> None:
+        """Take the largest logits that a loss pass found (`TopRows`), if they are of these rows."""
+        if self._collected is None and top.rows * self.fake.shape[-1] == self.fake.numel():
+            self._collected = top
 
     def _shaped(self, values: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
         """The largest logits that a loss pass collected, [N, k], as `Origin.top` gives them."""

@@ -271,7 +271,7 @@ def test_the_logits_never_exist() -> None:
 
 
 @pytest.mark.parametrize("optimizer", [elmo.optim.SGD, torch.optim.SGD])
-@pytest.mark.parametrize("form", ["plain", "sequence"])
+@pytest.mark.parametrize("form", ["plain", "sequence", "outside"])
 def test_the_loss_pass_keeps_the_top(
     form: str, optimizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,15 +286,19 @@ def test_the_loss_pass_keeps_the_top(
         raise AssertionError("a pass of its own")
 
     torch.manual_seed(0)
-    model = fresh(Sequence() if form == "sequence" else Both())
+    model = fresh({"plain": Both, "sequence": Sequence, "outside": Net}[form]())
     opt = optimizer(model.parameters(), lr=0.5)
     options = {**OPTIONS, "deferred_logits": True}
     run: Any = torch.compile(model, backend="elmo", options=options)
     monkeypatch.setattr("elmo_compile.deferred.origin.Origin.top", never)
     for x, y in batches(3):
         with torch.no_grad():
-            expected = model(x, y)["logits"]
-        got = run(x, y)
+            expected = model(x) if form == "outside" else model(x, y)["logits"]
+        if form == "outside":
+            z = run(x)
+            got = {"loss": F.cross_entropy(z, y), "logits": z}
+        else:
+            got = run(x, y)
         got["loss"].backward()
         opt.step()
         opt.zero_grad()
