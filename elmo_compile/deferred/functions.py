@@ -73,14 +73,15 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if logits is None:
         return NotImplemented
     state = logits._state
-    if _writes(func) and isinstance(state, Derived) and state.is_view and not logits.written:
+    view = state if isinstance(state, Derived) and state.is_view and not logits.written else None
+    if view is not None and (_writes(func) or view.source_changed):
         logits.become_view()
         return func(*args, **kwargs)
     if func in WATCHES:
         logits.watched = True
-    if logits.written or logits.watched:
+    if not logits.untouched:
         return NotImplemented
-    root = state.root()
+    root, _ = state.recipe()
     if not isinstance(root, Root):
         pass  # A loss: no metric is taken of it.
     elif func in TOPS:
@@ -160,7 +161,7 @@ def _top(logits: Deferred, step: Step) -> Any:
     if state.available or dim not in (-1, logits.ndim - 1):
         return NotImplemented
     name = step.func.__name__
-    root, _ = state.recipe()
+    root = _root(state)
     differentiable = name != "argmax" and logits.requires_grad and torch.is_grad_enabled()
     if root.stale or (k <= KEPT and not differentiable):
         found = state.top() if k <= KEPT else None
@@ -168,6 +169,13 @@ def _top(logits: Deferred, step: Step) -> Any:
             return _answer(name, found, k, keepdim)
         root.check()
     return _streamed(logits, step)
+
+
+def _root(state: State) -> Root:
+    """The root of logits."""
+    root, _ = state.recipe()
+    assert isinstance(root, Root)
+    return root
 
 
 def _answer(name: str, found: tuple[Tensor, ...], k: int, keepdim: bool) -> Any:
@@ -206,7 +214,7 @@ def _streamed(logits: Deferred, step: Step) -> Any:
     state = logits._state
     if not _reduces(state, step) or (logits.requires_grad and not logits.attached):
         return NotImplemented
-    root, steps = state.recipe()
+    root, (_, steps) = _root(state), state.recipe()
     if root.stale and state.available:
         return NotImplemented
     root.check()

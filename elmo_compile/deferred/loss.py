@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from elmo_compile.deferred.origin import FAKES, fake
+from elmo_compile.deferred.step import Step
 from elmo_compile.deferred.tensor import Deferred, State
 from elmo_compile.errors import StaleLogitsError
 from elmo_compile.ops.kept import watch
@@ -39,7 +40,16 @@ class Loss(State):
     def available(self) -> bool:
         return True
 
+    def remake(self, steps: Sequence[Step]) -> Tensor:
+        made = self._filled()
+        for step in steps:
+            made = step(made)
+        return made
+
     def _make(self) -> Tensor:
+        return self._filled().clone()  # What is written into the loss is not its value.
+
+    def _filled(self) -> Tensor:
         if self._owner.is_open(self._serial):
             if self._owner.param._version != self._version:
                 raise StaleLogitsError(

@@ -22,6 +22,22 @@ class Step:
         self._given = [isinstance(leaf, Tensor) for leaf in leaves]
         self.key = (func, self._spec, tuple(self._given), tuple(map(_hashable, self._rest)))
 
+    def frozen(self) -> Step:
+        """The same with copies of its tensors, to be run later."""
+        copy = Step(self.func, (), {})
+        copy.__dict__.update(self.__dict__)
+        copy.tensors = [tensor.detach().clone() for tensor in self.tensors]
+        return copy
+
+    def indexes_rows(self, ndim: int) -> bool:
+        """Whether an index into a tensor of `ndim` dimensions leaves the last one whole."""
+        (index,), _ = self.arguments()
+        parts = [p for p in (index if isinstance(index, tuple) else (index,)) if p is not None]
+        last_is_named = len(parts) == ndim or any(part is Ellipsis for part in parts)
+        if not last_is_named or parts[-1] is Ellipsis:
+            return True
+        return isinstance(parts[-1], slice) and parts[-1] == slice(None)
+
     def __call__(self, z: Any, tensors: Sequence[Any] | None = None) -> Any:
         """Run it; with other tensors in place of its own, if given."""
         args, kwargs = self.arguments(tensors)

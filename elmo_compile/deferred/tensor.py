@@ -53,12 +53,12 @@ class State:
                 self._values = self._make()
         return self._values
 
-    def root(self) -> State:
-        """What every step is behind."""
-        return self
+    def recipe(self) -> tuple[State, list[Step]]:
+        """The root, and every step behind it."""
+        return self, []
 
-    def recipe(self) -> tuple[Root, list[Step]]:
-        """The root of logits, and every step behind it."""
+    def remake(self, steps: Sequence[Step]) -> Tensor:
+        """Of a root: what the steps make of its values as they were at first."""
         raise NotImplementedError
 
     def _make(self) -> Tensor:
@@ -89,8 +89,9 @@ class Root(State):
             if isinstance(value, torch.nn.Parameter):
                 watch(value, self)
 
-    def recipe(self) -> tuple[Root, list[Step]]:
-        return self, []
+    def remake(self, steps: Sequence[Step]) -> Tensor:
+        self.check()
+        return self.origin.make(self.inputs, steps)
 
     @property
     def stale(self) -> bool:
@@ -108,8 +109,7 @@ class Root(State):
             )
 
     def _make(self) -> Tensor:
-        self.check()
-        return self.origin.make(self.inputs)
+        return self.remake(())
 
     def top(self) -> tuple[Tensor, ...] | None:
         if self._top is None:
@@ -148,23 +148,29 @@ class Derived(State):
 
     def __init__(self, source: Deferred, step: Step, made: Tensor) -> None:
         super().__init__(made)
-        self.source, self.step = source, step
-
-    def root(self) -> State:
-        return self.parent.root()
+        self.source: Tensor = source
+        """What the step is applied to; an ordinary tensor once it was written as a view."""
+        self.parent, self.step = source._state, step
 
     @property
-    def parent(self) -> State:
-        """The state of what the step is applied to."""
-        return self.source._state
+    def source_changed(self) -> bool:
+        """Whether someone wrote into what the step is applied to."""
+        return not isinstance(self.source, Deferred) or self.source.written
 
     @property
     def available(self) -> bool:
         return self._values is not None or self.parent.available
 
-    def recipe(self) -> tuple[Root, list[Step]]:
+    def recipe(self) -> tuple[State, list[Step]]:
         root, steps = self.parent.recipe()
         return root, [*steps, self.step]
+
+    def before(self) -> Tensor:
+        """What the step was applied to, as it was then."""
+        if self.source_changed:
+            root, steps = self.parent.recipe()
+            return root.remake(steps)
+        return self.parent.real()
 
     def remember(self, loss: Tensor, *steps: Step) -> None:
         super().remember(loss, *steps)
@@ -177,11 +183,7 @@ class Derived(State):
         return bool(self.fake.untyped_storage()._cdata == root_bytes)
 
     def _make(self) -> Tensor:
-        if self.source.written and not self.is_view:
-            root, steps = self.recipe()  # As it was before the write.
-            root.check()
-            return root.origin.make(root.inputs, steps)
-        made: Tensor = self.step(self.parent.real())
+        made: Tensor = self.step(self.before())
         return made
 
     def top(self) -> tuple[Tensor, ...] | None:
@@ -191,7 +193,7 @@ class Derived(State):
             return None
         first, values, indices = found
         name, rows = self.step.func.__name__, self.fake.shape[:-1]
-        if name == "__getitem__":
+        if name == "__getitem__" and self.step.indexes_rows(self.parent.fake.ndim):
             values, indices = self.step(values), self.step(indices)
             return indices[..., 0], values, indices
         if name in ("view", "reshape", "flatten", "unsqueeze", "squeeze", "contiguous"):
@@ -200,7 +202,9 @@ class Derived(State):
                 values.reshape(*rows, values.shape[-1]),
                 indices.reshape(*rows, values.shape[-1]),
             )
-        if name in ("float", "double", "half", "bfloat16", "to", "type"):
+        wider = self.fake.element_size() >= self.parent.fake.element_size()
+        # Rounded to fewer bits, other logits may tie with the largest.
+        if wider and name in ("float", "double", "half", "bfloat16", "to", "type"):
             return first, values.to(self.fake.dtype), indices
         return None
 
@@ -253,7 +257,7 @@ class Deferred(Tensor):
         state = self._state
         if not isinstance(state, Derived):
             return
-        if isinstance(state.source, Deferred):
+        if isinstance(state.source, Deferred) and state.is_view:
             state.source.become_view()
         with torch._C.DisableTorchFunctionSubclass():
             view = state.step(state.source)
@@ -266,6 +270,17 @@ class Deferred(Tensor):
             return True
         with torch._C.DisableTorchFunctionSubclass():
             return bool(_version(self))
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody wrote into these logits, nor asked for their gradient or for that of what
+        they are made from: the recipe stands for them."""
+        tensor: Tensor = self
+        while isinstance(tensor, Deferred):
+            if tensor.watched:
+                return False
+            tensor = getattr(tensor._state, "source", torch.empty(0))
+        return not self.written
 
     @property
     def elmo_values(self) -> Tensor:
@@ -361,18 +376,12 @@ class Derive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         state: Derived = ctx.state
-        if state.source.written:
-            root, steps = state.parent.recipe()
-            root.check()
-            before = root.origin.make(root.inputs, steps)
-        else:
-            before = state.parent.real()
 
         def step(inputs: list[Tensor]) -> Tensor:
             made: Tensor = state.step(inputs[0])
             return made
 
-        return (None, *_gradients(step, [before], [True], grads[0]))
+        return (None, *_gradients(step, [state.before()], [True], grads[0]))
 
 
 def _gradients(make: Any, inputs: Sequence[Any], wanted: Sequence[bool], grad: Tensor) -> list[Any]:
@@ -433,7 +442,8 @@ def derive(logits: Deferred, step: Step) -> Tensor | None:
         return None
     if not isinstance(made, Tensor):
         return None
-    derived: Deferred = Derive.apply(Derived(logits, step, made), logits)  # type: ignore[no-untyped-call]
+    state = Derived(logits, step.frozen(), made)
+    derived: Deferred = Derive.apply(state, logits)  # type: ignore[no-untyped-call]
     derived.attached = logits.attached
     return derived
 

@@ -112,6 +112,33 @@ def learned_temperature(z: Tensor, y: Tensor) -> Tensor | None:
     return log_t.grad
 
 
+def view_made_before_a_write(z: Tensor, y: Tensor) -> Tensor:
+    view = z.view(2, 3, L)
+    z.mul_(2.0)
+    return backward(F.cross_entropy(view.view(-1, L), y))
+
+
+def cast_of_a_view_before_a_write(z: Tensor, y: Tensor) -> Tensor:
+    view = z.view(2, 3, L)
+    cast = view.double()
+    view.mul_(2.0)
+    return backward(cast.exp().mean() + F.cross_entropy(z, y) + view.sum())
+
+
+def temperature_changed_later(z: Tensor, y: Tensor) -> Tensor:
+    temperature = torch.tensor(0.5)
+    scaled = z.detach() / temperature
+    temperature.fill_(100.0)
+    return F.cross_entropy(scaled, y)
+
+
+def hook_on_what_it_is_made_from(z: Tensor, y: Tensor) -> Tensor | None:
+    cast = z.double()
+    z.retain_grad()
+    backward(F.cross_entropy(cast, y))
+    return z.grad
+
+
 def with_other_data(z: Tensor, y: Tensor) -> Tensor:
     z.data = torch.ones(N, L)
     return F.cross_entropy(z, y)
@@ -133,6 +160,8 @@ STREAMED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "detached_beside": beside,
     "rows": lambda z, y: backward(F.cross_entropy(z, y, reduction="none").mean()),
     "argmax": lambda z, y: z.argmax(-1),
+    "argmax_of_permuted": lambda z, y: z[:, torch.arange(L - 1, -1, -1)].argmax(-1),
+    "temperature_changed_later": temperature_changed_later,
     "argmax_keepdim": lambda z, y: torch.argmax(z, dim=1, keepdim=True),
     "topk": lambda z, y: list(z.topk(3)),
     "topk_many": lambda z, y: list(z.topk(7)),
@@ -170,6 +199,9 @@ MADE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "dlpack": lambda z, y: torch.from_dlpack(z.detach()),
     "printed": lambda z, y: str(z.detach()),
     "data_ptr": lambda z, y: z.data_ptr() != 0,
+    "view_made_before_a_write": view_made_before_a_write,
+    "cast_of_a_view_before_a_write": cast_of_a_view_before_a_write,
+    "hook_on_what_it_is_made_from": hook_on_what_it_is_made_from,
     "data_replaced": with_other_data,
     "stacked": lambda z, y: torch.stack([z, z]),
     "own_leaf": own_leaf,
