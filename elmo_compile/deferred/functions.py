@@ -17,6 +17,7 @@ from elmo_compile.deferred.origin import FAKES, fake
 from elmo_compile.deferred.step import Step
 from elmo_compile.deferred.tensor import Deferred, Derived, Root, State, derive
 from elmo_compile.ops.kept import KEPT, Tops, collecting
+from elmo_compile.ops.owners import owner_of
 
 
 def _methods(*names: str) -> set[Any]:
@@ -39,6 +40,10 @@ LOSSES = {
     F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.kl_div,
 }  # fmt: skip
 """Fused where they are reduced to rows or a scalar."""
+
+ROWS = _methods("gather", "logsumexp")
+"""Parts of a loss written by hand. Each would be an update of its own, so they stream where no
+update is fused."""
 
 TOPS = _methods("argmax", "topk", "max")
 """Answered by the largest values of each row."""
@@ -86,12 +91,19 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         pass  # A loss: no metric is taken of it.
     elif func in TOPS:
         return _top(logits, Step(func, rest, named))
-    elif func in LOSSES:
+    elif func in LOSSES or (func in ROWS and not _fused(logits, root)):
         return _streamed(logits, Step(func, rest, named))
     if func in STAYS_DEFERRED and _stays(func, rest, named, logits):
         made = derive(logits, Step(func, *_indexed(func, rest), named))
         return NotImplemented if made is None else made
     return NotImplemented
+
+
+def _fused(logits: Deferred, root: Root) -> bool:
+    """Whether a backward through these logits would update a weight."""
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return False
+    return any(isinstance(v, torch.nn.Parameter) and owner_of(v) is not None for v in root.inputs)
 
 
 def _logits_first(

@@ -159,6 +159,8 @@ STREAMED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "nll": lambda z, y: backward(F.nll_loss(F.log_softmax(z, -1), y)),
     "detached_beside": beside,
     "rows": lambda z, y: backward(F.cross_entropy(z, y, reduction="none").mean()),
+    "own_loss": lambda z, y: backward((z.logsumexp(-1) - z.gather(1, y[:, None])[:, 0]).mean()),
+    "log_probability": lambda z, y: z.detach().log_softmax(-1).gather(1, y[:, None]),
     "argmax": lambda z, y: z.argmax(-1),
     "argmax_of_permuted": lambda z, y: z[:, torch.arange(L - 1, -1, -1)].argmax(-1),
     "temperature_changed_later": temperature_changed_later,
@@ -176,7 +178,6 @@ STREAMED: dict[str, Callable[[Tensor, Tensor], Any]] = {
 """Uses that do not make the values."""
 
 MADE: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "own_loss": lambda z, y: backward((z.logsumexp(-1) - z.gather(1, y[:, None])[:, 0]).mean()),
     "two_losses": lambda z, y: backward(F.cross_entropy(z, y) + z.pow(2).mean()),
     "elementwise_loss": lambda z, y: backward(
         F.binary_cross_entropy_with_logits(z, F.one_hot(y, L).float(), reduction="none").sum()
