@@ -135,15 +135,15 @@ def section(
                 dtype=head.weight_dtype,
                 compute_dtype=head.compute_dtype,
                 products=plan.products,
-                source=_source(head),
-                deferred=_source(head) in {source_of(o.seed) for o, _ in analysis.deferred},
+                source=source_of(head.match.region.seed),
+                deferred=head.match.region.seed in {o.seed for o, _ in analysis.deferred},
                 loss_value=head.loss_value if fused else "exact",
                 notes=notes,
             )
         )
         plans.append(plan)
     for output, top in analysis.deferred:
-        if any(match.source == source_of(output.seed) for match in matches):
+        if output.seed in {head.match.region.seed for head in analysis.heads}:
             continue
         matches.append(_deferred(top, source_of(output.seed)))
         plans.append(top.plan)
@@ -155,10 +155,6 @@ def section(
         graph_before=gm,
         graph_after=compiled.first.module,
     )
-
-
-def _source(head: PlannedHead) -> str:
-    return source_of(head.match.region.seed)
 
 
 def _deferred(top: PlannedHead, source: str) -> Match:

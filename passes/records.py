@@ -71,8 +71,35 @@ class RowOp:
     """Arguments after the first; nodes belong to the retraced graph."""
 
 
+class Matched:
+    """What every kind of match knows of its region and of its (first) weight."""
+
+    aten: AtenRegion
+    weight: Any
+
+    @property
+    def region(self) -> Region:
+        return self.aten.region
+
+    @property
+    def output(self) -> fx.Node:
+        """The first Dynamo node a result replaces."""
+        return self.region.outputs[0]
+
+    @property
+    def weight_origin(self) -> fx.Node:
+        """The Dynamo node of the weight, in the region's own graph."""
+        return self.aten.origin(self.weight)
+
+    @property
+    def weight_placeholder(self) -> fx.Node | None:
+        """The top-level placeholder of the weight, or None if the weight is computed."""
+        origin = self.weight_origin
+        return self.region.site.outer(origin) if origin.op == "placeholder" else None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class HeadMatch:
+class HeadMatch(Matched):
     """A region understood: a linear head and its loss. Nodes belong to the retraced graph."""
 
     aten: AtenRegion
@@ -100,10 +127,6 @@ class HeadMatch:
     """N: int or SymInt, as the trace knows it."""
 
     @property
-    def region(self) -> Region:
-        return self.aten.region
-
-    @property
     def kept(self) -> set[fx.Node]:
         """The nodes of the retraced graph that the rewrite still computes (the weight's not)."""
         arguments: list[fx.Node] = []
@@ -111,25 +134,9 @@ class HeadMatch:
         fx.map_arg((rows, self.divisors), arguments.append)
         return ancestors(self.x, self.bias, self.target, self.target_aux, *arguments)
 
-    @property
-    def output(self) -> fx.Node:
-        """The Dynamo node the loss replaces."""
-        return self.region.outputs[0]
-
-    @property
-    def weight_origin(self) -> fx.Node:
-        """The Dynamo node of the weight, in the region's own graph."""
-        return self.aten.origin(self.weight)
-
-    @property
-    def weight_placeholder(self) -> fx.Node | None:
-        """The top-level placeholder of the weight, or None if the weight is computed."""
-        origin = self.weight_origin
-        return self.region.site.outer(origin) if origin.op == "placeholder" else None
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ProgramMatch:
+class ProgramMatch(Matched):
     """A region understood as a program over the logits of one or more heads.
 
     Nodes belong to the retraced graph, whose placeholders are the program's inputs.
@@ -152,10 +159,6 @@ class ProgramMatch:
     bias: fx.Node | None
 
     @property
-    def region(self) -> Region:
-        return self.aten.region
-
-    @property
     def x(self) -> fx.Node:
         """Features of the first product."""
         return self.xs[0]
@@ -169,22 +172,6 @@ class ProgramMatch:
     def kept(self) -> set[fx.Node]:
         """The nodes of the retraced graph that the rewrite still computes (no weight's)."""
         return ancestors(*self.xs)
-
-    @property
-    def output(self) -> fx.Node:
-        """The first Dynamo node a result replaces."""
-        return self.region.outputs[0]
-
-    @property
-    def weight_origin(self) -> fx.Node:
-        """The Dynamo node of the weight, in the region's own graph."""
-        return self.aten.origin(self.weight)
-
-    @property
-    def weight_placeholder(self) -> fx.Node | None:
-        """The top-level placeholder of the weight, or None if the weight is computed."""
-        origin = self.weight_origin
-        return self.region.site.outer(origin) if origin.op == "placeholder" else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 
 from elmo_compile.deferred.gradient import gradient
 from elmo_compile.deferred.origin import FAKES, fake
+from elmo_compile.deferred.state import Derived, Root, State
 from elmo_compile.deferred.step import Step
-from elmo_compile.deferred.tensor import Deferred, Derived, Root, State, derive
+from elmo_compile.deferred.tensor import Deferred, derive
 from elmo_compile.ops.kept import KEPT, Tops, collecting
 from elmo_compile.ops.owners import owner_of
 
@@ -248,7 +249,7 @@ def _streamed(logits: Deferred, step: Step) -> Any:
 def _collecting(root: Root, state: State, step: Step) -> AbstractContextManager[Tops]:
     """Around a loss of the logits as they are: its pass may collect what outlives an update."""
     same = state is root and step.func in LOSSES and root.origin.bare_product
-    if not (same and root.origin.large and root.fake.dtype == torch.float32):
+    if not (same and root.large and root.fake.dtype == torch.float32):
         return nullcontext({})
     return collecting(value for value in root.inputs if isinstance(value, torch.nn.Parameter))
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from elmo_compile.deferred.origin import FAKES, fake
+from elmo_compile.deferred.state import State
 from elmo_compile.deferred.step import Step
-from elmo_compile.deferred.tensor import Deferred, State
+from elmo_compile.deferred.tensor import Deferred
 from elmo_compile.errors import StaleLogitsError
 from elmo_compile.ops.kept import watch
 from elmo_compile.ops.owners import Owner

@@ -183,6 +183,20 @@ def test_other_values_come_too_late(read: Any) -> None:
         late(read, deferred_logits=True)
 
 
+def test_small_and_large_logits_of_one_graph() -> None:
+    """Which of the two is kept whole depends on its own size, not on the last call's."""
+    torch.manual_seed(0)
+    model = fresh(Net())
+    opt = torch.optim.SGD(model.parameters(), lr=0.5)
+    options = {**OPTIONS, "memory_budget": 4 * L * 8}
+    run: Any = torch.compile(model, backend="elmo", options=options, dynamic=True)
+    large, small = run(torch.randn(20, 5)), run(torch.randn(4, 5))
+    small.logsumexp(-1).mean().backward()
+    opt.step()
+    assert large._state.values is None
+    assert small._state.values is not None
+
+
 def test_never_new_weights() -> None:
     """A write by hand is an update like any other."""
     torch.manual_seed(0)

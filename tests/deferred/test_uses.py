@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import elmo_compile as elmo
 from elmo_compile.deferred import Deferred
-from elmo_compile.deferred.tensor import State
+from elmo_compile.deferred.state import State
 
 N, L = 6, 500
 OPTIONS = {"lower": "eager", "min_outputs": 64, "chunk_size": 77}
@@ -329,3 +330,19 @@ def test_under_autocast() -> None:
     torch.testing.assert_close(*inside, rtol=2e-2, atol=0)
     torch.testing.assert_close(F.cross_entropy(z, y), F.cross_entropy(plain, y), rtol=2e-2, atol=0)
     assert torch.equal(z + 0, plain)
+
+
+def test_an_excluded_head_returns_ordinary_logits() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model: Any = Net()
+    elmo.exclude(model.head)
+    run = torch.compile(model, backend="elmo", options=OPTIONS)
+    x, y = torch.randn(N, 8), torch.randint(0, L, (N,))
+    z = run(x)
+    assert type(z) is Tensor
+    F.cross_entropy(z, y).backward()
+    mine = model.head.weight.grad.clone()
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    torch.testing.assert_close(mine, model.head.weight.grad)

@@ -211,8 +211,13 @@ def test_architecture(name: str) -> None:
 
 def test_the_table_in_the_docs_is_this_grid() -> None:
     text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\| `([^`]+)`", text, flags=re.MULTILINE)
-    assert listed == list(MODELS)
+    listed = re.findall(r"^\| `([^`]+)` \| (yes|no) ", text, flags=re.MULTILINE)
+    assert [name for name, _ in listed] == list(MODELS)
+    for name, tied in listed:
+        model = MODELS[name]()
+        head = model.get_output_embeddings()
+        shared = head is not None and head.weight is model.get_input_embeddings().weight
+        assert shared == (tied == "yes"), name
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -179,6 +179,12 @@ REFUSED: dict[str, tuple[Any, Any, Code, str]] = {
         Code.UNKNOWN_LOSS,
         "ce(",
     ),
+    "stored_by_features_and_sorted": (
+        lambda x, w: (x @ w).sort(-1).values[:, :3].sum(),
+        lambda: (features(), weight(D, L)),
+        Code.WEIGHT_COMPUTED,
+        "x @ w",
+    ),
     "square_untransposed": (lambda x, w, y: ce(x @ w, y), square, Code.WEIGHT_COMPUTED, "x @ w"),
     "square_twice": (
         lambda x, w, y: ce(x @ w.t().t(), y),

@@ -1,0 +1,221 @@
+"""What deferred tensors stand for: a recipe and its inputs, a step after that, or plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elmo_compile.deferred.origin import Origin
+from elmo_compile.deferred.step import Step
+from elmo_compile.errors import StaleLogitsError
+from elmo_compile.ops.kept import watch
+
+
+class State:
+    """What one deferred tensor stands for: a recipe and its inputs, or a step after another state.
+
+    Held by the tensor and by those made from it; told before a weight among its inputs changes.
+    """
+
+    def __init__(self, fake: Tensor) -> None:
+        self.fake = fake
+        """Shape, strides and dtype."""
+        self._values: Tensor | None = None
+        self.losses: list[tuple[Tensor, list[Step]]] = []
+        """Losses streamed from this state, and the steps from here to each."""
+
+    @property
+    def values(self) -> Tensor | None:
+        """The values, if they were made."""
+        return self._values
+
+    @property
+    def available(self) -> bool:
+        """Whether the values are there or need no weight any more."""
+        return self._values is not None
+
+    def real(self) -> Tensor:
+        """The values, made now if need be. Raises StaleLogitsError if that is too late."""
+        if self._values is None:
+            with torch.no_grad():
+                self._values = self._make()
+        return self._values
+
+    def recipe(self) -> tuple[State, list[Step]]:
+        """The root, and every step behind it."""
+        return self, []
+
+    def remake(self, steps: Sequence[Step]) -> Tensor:
+        """Of a root: what the steps make of its values as they were at first."""
+        raise NotImplementedError
+
+    def _make(self) -> Tensor:
+        raise NotImplementedError
+
+    def remember(self, loss: Tensor, *steps: Step) -> None:
+        """Note a loss that was streamed, for `torch.autograd.grad(loss, logits)`."""
+        self.losses.append((loss, list(steps)))
+
+    def top(self) -> tuple[Tensor, ...] | None:
+        """Argmax, five largest values and indices of each row; None if that does not apply."""
+        raise NotImplementedError
+
+
+class Root(State):
+    """A recipe and the inputs of one call."""
+
+    def __init__(self, origin: Origin, inputs: Sequence[Any], collected: Any = None) -> None:
+        super().__init__(origin.fake(inputs))
+        self.origin = origin
+        self._collected: Any = None
+        if collected is not None:
+            self.collect(collected)
+        self.inputs = tuple(inputs)
+        self._versions = [version(value) for value in inputs]
+        self._top: tuple[Tensor, ...] | None = None
+        for value in inputs:
+            if isinstance(value, torch.nn.Parameter):
+                watch(value, self)
+
+    def remake(self, steps: Sequence[Step]) -> Tensor:
+        self.check()
+        return self.origin.make(self.inputs, steps)
+
+    @property
+    def stale(self) -> bool:
+        """Whether an input changed since the forward."""
+        return [version(value) for value in self.inputs] != self._versions
+
+    def check(self) -> None:
+        """Raise StaleLogitsError if the values can no longer be made."""
+        if self.stale:
+            raise StaleLogitsError(
+                "the logits were deferred, and the weights they are made from have changed since "
+                "(an update inside backward(), optimizer.step(), or a write). Read them before "
+                "backward(), call `.materialize()` on them, or compile with "
+                "options={'deferred_logits': False}; argmax and topk(k <= 5) of each row were kept"
+            )
+
+    def _make(self) -> Tensor:
+        return self.remake(())
+
+    def top(self) -> tuple[Tensor, ...] | None:
+        if self._top is None:
+            if self._collected is not None:
+                self._top = self._shaped(*self._collected.result())
+            elif self.stale:
+                return None
+            else:
+                self._top = self.origin.top(self.inputs)
+        return self._top
+
+    def collect(self, top: Any) -> None:
+        """Take the largest logits that a loss pass found (`TopRows`), if they are of these rows."""
+        if self._collected is None and top.rows * self.fake.shape[-1] == self.fake.numel():
+            self._collected = top
+
+    def _shaped(self, values: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
+        """The largest logits that a loss pass collected, [N, k], as `Origin.top` gives them."""
+        rows = self.fake.shape[:-1]
+        values = values.to(self.fake.dtype).reshape(*rows, -1)
+        indices = indices.reshape(*rows, -1)
+        return indices[..., 0], values, indices
+
+    @property
+    def large(self) -> bool:
+        """Whether these logits are too many to be kept whole."""
+        return self.fake.numel() * self.fake.element_size() > self.origin.keeps_whole
+
+    def before_change(self) -> None:
+        """Keep what can be kept: the values where they are small, else the top of each row."""
+        if self._values is not None or self.stale:
+            return
+        if not self.large:
+            self.real()
+        else:
+            self.top()
+
+
+class Derived(State):
+    """A cast, a view or another step after a state."""
+
+    def __init__(self, source: Tensor, state: State, step: Step, made: Tensor) -> None:
+        super().__init__(made)
+        self.source = source
+        """The deferred tensor the step is applied to; an ordinary one once it was written as a
+        view."""
+        self.parent, self.step = state, step
+
+    @property
+    def source_changed(self) -> bool:
+        """Whether someone wrote into what the step is applied to."""
+        return bool(getattr(self.source, "written", True))
+
+    @property
+    def available(self) -> bool:
+        return self._values is not None or self.parent.available
+
+    def recipe(self) -> tuple[State, list[Step]]:
+        root, steps = self.parent.recipe()
+        return root, [*steps, self.step]
+
+    def before(self) -> Tensor:
+        """What the step was applied to, as it was then."""
+        if self.source_changed:
+            root, steps = self.parent.recipe()
+            return root.remake(steps)
+        return self.parent.real()
+
+    def remember(self, loss: Tensor, *steps: Step) -> None:
+        super().remember(loss, *steps)
+        self.parent.remember(loss, self.step, *steps)
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the step shares memory with what it was applied to."""
+        root_bytes = self.parent.fake.untyped_storage()._cdata
+        return bool(self.fake.untyped_storage()._cdata == root_bytes)
+
+    def _make(self) -> Tensor:
+        made: Tensor = self.step(self.before())
+        return made
+
+    def top(self) -> tuple[Tensor, ...] | None:
+        found = self.parent.top()
+        size = self.fake.shape[-1] if self.fake.ndim else 0
+        if found is None or self.fake.ndim < 2 or size != self.parent.fake.shape[-1]:
+            return None
+        first, values, indices = found
+        name, rows = self.step.func.__name__, self.fake.shape[:-1]
+        if name == "__getitem__" and self.step.indexes_rows(self.parent.fake.ndim):
+            values, indices = self.step(values), self.step(indices)
+            return indices[..., 0], values, indices
+        if name in ("view", "reshape", "flatten", "unsqueeze", "squeeze", "contiguous"):
+            return (
+                first.reshape(rows),
+                values.reshape(*rows, values.shape[-1]),
+                indices.reshape(*rows, values.shape[-1]),
+            )
+        wider = self.fake.element_size() >= self.parent.fake.element_size()
+        # Rounded to fewer bits, other logits may tie with the largest.
+        if wider and name in ("float", "double", "half", "bfloat16", "to", "type"):
+            return first, values.to(self.fake.dtype), indices
+        return None
+
+
+class Given(State):
+    """Values that exist, as Dynamo hands them in."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__(values)
+        self._values = values
+
+
+def version(value: Any) -> int:
+    """How often a tensor was written in place, as far as torch counts it."""
+    if not isinstance(value, Tensor) or value.is_inference():
+        return 0
+    return int(value._version)
