@@ -64,19 +64,41 @@ def problem(
     )
 
 
-def calls(p: HeadProblem, momentum: torch.dtype | None = None) -> Iterator[Callable[[], object]]:
+def update_named(p: HeadProblem, name: str) -> Update:
+    """`sgd`, `momentum`, `adamw`, `adamw kahan`, `kahan rows` or `adagrad` of a meta weight.
+
+    Moments are bf16; a name that ends in `float32` has them in float32.
+    """
+    state = torch.float32 if name.endswith("float32") else torch.bfloat16
+    moment = partial(torch.empty_like, p.w_LD, dtype=state)
+    compensation = torch.empty_like(p.w_LD, dtype=torch.bfloat16)
+    rule = name.removesuffix(" float32")
+    if rule == "momentum":
+        return Update(lr=0.1, beta1=0.9, state=(moment(),), weight_decay=0.01, nesterov=True)
+    if rule.startswith("adamw"):
+        return Update(
+            rule="adamw", lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, state=(moment(), moment()),
+            compensation=compensation if rule.endswith("kahan") else None,
+        )  # fmt: skip
+    if rule == "kahan rows":
+        rows = torch.arange(0, p.w_LD.shape[0], 20, device="meta")
+        return Update(lr=0.1, compensation=compensation[: len(rows)], kahan_rows=rows)
+    if rule == "adagrad":
+        sums = torch.empty(p.w_LD.shape[0], device="meta")
+        return Update(rule="adagrad", lr=0.1, eps=1e-10, state=(sums,))
+    assert rule == "sgd"
+    return Update(lr=0.1)
+
+
+def calls(p: HeadProblem, update: str = "sgd") -> Iterator[Callable[[], object]]:
     """The three entry points, all outputs asked for."""
     N = p.x_ND.shape[0]
     row_N = torch.empty(N, device="meta")
-    buffer = None if momentum is None else torch.empty_like(p.w_LD, dtype=momentum)
-    update = Update(
-        lr=0.1, momentum=0.9 if momentum else 0.0, buffer=buffer, weight_decay=0.01, nesterov=True
-    )
     guard = torch.zeros(1, dtype=torch.int32, device="meta")
     yield partial(family.forward, p)
     yield partial(family.backward, p, row_N, row_N, need_dx=True, need_dw=True, need_db=True)
     yield partial(
-        family.backward_update, p, row_N, row_N, update,
+        family.backward_update, p, row_N, row_N, update_named(p, update),
         need_dx=True, need_db=True, need_value=True, guard=guard,
     )  # fmt: skip
 
@@ -86,6 +108,7 @@ def main() -> None:
     parser.add_argument("--chips", type=int, nargs="+", default=CHIPS, choices=CHIPS)
     parser.add_argument("--compute", nargs="+", default=["bf16"], choices=sorted(NARROW))
     parser.add_argument("--forms", nargs="+", default=["classes", "pairs"])
+    parser.add_argument("--update", default="adamw kahan")
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--features", type=int, default=768)
     arguments = parser.parse_args()
@@ -102,7 +125,7 @@ def main() -> None:
                 rows=arguments.rows,
                 features=arguments.features,
             )
-            for call in calls(p, momentum=torch.bfloat16):
+            for call in calls(p, arguments.update):
                 for cubin in compile_call(call, chip):
                     print(
                         f"| {chip} | {stored} | {compute} | {form} | {cubin.name.strip('_')} | "

@@ -18,7 +18,7 @@ from elmo_compile.explain import explain
 from elmo_compile.heads import convert_head, dequantize_head, exclude
 from elmo_compile.numerics.rounding import stochastic_round
 from elmo_compile.ops.multi_hot import multi_hot
-from elmo_compile.optim.sgd import is_fused
+from elmo_compile.optim.base import is_fused
 from elmo_compile.report.records import Report
 from elmo_compile.report.store import last_report, reports
 from elmo_compile.topk import TopK, topk

@@ -82,6 +82,8 @@ class CompiledGraph:
 
     def __call__(self, *inputs: Any) -> Any:
         treatments = self.treatments(inputs)
+        for head, treatment in zip(self.analysis.heads, treatments):
+            _check_usable(head, treatment, inputs)
         variant, compiled = self._variant(tuple(treatment.kind for treatment in treatments))
         self._notice_lost_owners(treatments, inputs)
         arguments = self._arguments(variant, inputs)
@@ -221,6 +223,9 @@ def _owner(head: PlannedHead, weight: Tensor, inputs: Sequence[Any]) -> tuple[Ow
     for reason, applies in _CALL_REASONS:
         if applies(weight):
             return None, reason
+    reason = _data_parallel(owner, weight)
+    if reason:
+        return None, reason
     storage = weight.untyped_storage().data_ptr()
     for position, other in enumerate(inputs):
         if position == head.weight_input or not isinstance(other, Tensor):
@@ -230,18 +235,45 @@ def _owner(head: PlannedHead, weight: Tensor, inputs: Sequence[Any]) -> tuple[Ow
     return owner, ""
 
 
+def _check_usable(head: PlannedHead, treatment: Treatment, inputs: Sequence[Any]) -> None:
+    """Raise FusedUpdateError where a head must not be called: its weight is half updated, or its
+    backward would update it where that is refused. (Never while compiling: Dynamo would keep it.)"""
+    if treatment.owner is not None:
+        treatment.owner.check_call()
+    elif head.weight_input is not None:
+        known = owner_of(inputs[head.weight_input])
+        if known is not None:
+            known.check_consistent()
+
+
 def _hooked(weight: Tensor) -> bool:
     return bool(weight._backward_hooks) or bool(
         getattr(weight, "_post_accumulate_grad_hooks", None)
     )
 
 
-def _under_ddp(weight: Tensor) -> bool:
+def _data_parallel(owner: Owner, weight: Tensor) -> str:
+    """Why DistributedDataParallel keeps this weight from being fused in this call; or nothing, and
+    the owner knows the processes whose mean gradient is wanted."""
+    owner.reduce_over = None
     if not torch.distributed.is_available():
-        return False
+        return ""
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel._get_active_ddp_module() is not None  # type: ignore[no-untyped-call]
+    module: Any = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    if module is None:
+        return ""
+    if not owner.policy().at_step:
+        return (
+            "DistributedDataParallel must see the gradient (use update_at='step', or fused=False)"
+        )
+    if any(param is weight for param in module._module_parameters):
+        return (
+            "DistributedDataParallel reduces the weight's gradient: call "
+            "elmo_compile.distributed.ignore_heads(model) before wrapping the model"
+        )
+    owner.reduce_over = module.process_group
+    return ""
 
 
 _CALL_REASONS: tuple[tuple[str, Callable[[Tensor], bool]], ...] = (
@@ -249,10 +281,6 @@ _CALL_REASONS: tuple[tuple[str, Callable[[Tensor], bool]], ...] = (
     ("the weight is frozen", lambda weight: not weight.requires_grad),
     ("the weight is not contiguous", lambda weight: not weight.is_contiguous()),
     ("the weight has gradient hooks, which would see no gradient", _hooked),
-    (
-        "DistributedDataParallel must see the gradient (use update_at='step', or fused=False)",
-        _under_ddp,
-    ),
     ("the weight is an inference tensor", lambda weight: weight.is_inference()),
 )
 

@@ -111,6 +111,39 @@ def test_logits_never_exist(loss):
     assert gradient <= mine < logits / 2
 
 
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize("loss", ["ce", "bce", "margin"])
+def test_weight_gradient_never_exists_when_updated_at_the_step(loss, max_norm):
+    """What backward keeps is N x D; nor do two micro-batches make a gradient."""
+    rows, columns, outputs = 8, 256, 100_000
+    gradient = columns * outputs * 4
+    model = Model(outputs, columns, loss)
+    x, target = torch.randn(rows, columns), targets(loss, rows, outputs)
+    optimizer = elmo.optim.SGD(
+        model.parameters(), 0.1, update_at="step", max_norm=max_norm, accumulate="stash"
+    )
+    for _ in range(2):
+        step, mode = counted_step(model, optimizer)
+        assert second_step(step, mode, x, target) < gradient / 2
+    first, mode = counted_step(model, _Nothing())
+    first(x, target)
+    step, mode = counted_step(model, optimizer)
+    step(x, target)
+    with mode:
+        optimizer.step()
+    assert mode.peak < gradient / 2
+
+
+class _Nothing:
+    """An optimizer that leaves what backwards kept."""
+
+    def step(self):
+        """Does nothing."""
+
+    def zero_grad(self, set_to_none=True):
+        """Does nothing."""
+
+
 @pytest.mark.parametrize("loss", ["ce", "bce", "smoothed", "margin"])
 def test_weight_gradient_never_exists_when_fused(loss):
     """The gradient would be 98 MiB."""

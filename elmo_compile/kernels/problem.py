@@ -6,10 +6,11 @@ an [N, L] tensor, nor (except as the returned gradient) an [L, D] one.
 
 `forward(p) -> Forward`
     The loss of each row before reduction, and the row statistics its gradient needs.
-`backward(p, stats_2N, scale_N, need_dx=, need_dw=, need_db=) -> Gradients`
-    With `g_NL = dloss_n/dz_nl`: dx = scale_n g w, dw = (scale g)^T x, db = (scale g) summed.
+`backward(p, stats_2N, scale_N, need_dx=, need_dw=, need_db=, need_value=, need_norm=) -> Gradients`
+    With `g_NL = dloss_n/dz_nl`: dx = scale_n g w, dw = (scale g)^T x, db = (scale g) summed; and,
+    without dw, its squared norm.
 `backward_update(p, stats_2N, scale_N, update, need_dx=, need_db=, need_value=) -> UpdateResult`
-    The same dx and db from the weight as it was, then the weight (and momentum) updated in place
+    The same dx and db from the weight as it was, then the weight and its state updated in place
     chunk by chunk with `update`; a chunk's weight is overwritten only after its last use.
 
 Row losses are summed over outputs in float32 within a chunk and float64 across chunks.
@@ -68,6 +69,10 @@ class Gradients(NamedTuple):
     and where the problem asks for `wide_dw`."""
     db_L: Tensor | None
     """float32 (float64 for float64 compute)."""
+    rows_N: Tensor | None = None
+    """As `Forward.rows_N`; None unless asked for."""
+    norm2: Tensor | None = None
+    """float64 scalar: the sum of the squares of dw; None unless asked for."""
 
 
 class UpdateResult(NamedTuple):

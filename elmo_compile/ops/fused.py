@@ -28,6 +28,7 @@ from elmo_compile.ops.call import (
 )
 from elmo_compile.ops.head_loss import fake_outputs
 from elmo_compile.ops.owners import Owner, new_serial, owner_by_key
+from elmo_compile.ops.second_pass import keep_head
 
 
 class Anchor(torch.autograd.Function):
@@ -159,12 +160,20 @@ def fused_head_loss_backward(
     factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
     scale_N = row_scale(grad, spec, target, factor, x.shape[0])
     family = kernels.select(x.device)
-    if not weight_is_wanted(owner):
-        dx, _, db = family.backward(
-            problem, stats, scale_N, need_dx=need_dx, need_dw=False, need_db=need_db
-        )
-        if need_value:
-            owner.fill_loss(serial, reduce_rows(family.forward(problem).rows_N, spec, factor))
+    wanted = weight_is_wanted(owner)
+    if not wanted or owner.policy().at_step:
+        if wanted:
+            owner.check_keep(ticket)
+        made = family.backward(
+            problem, stats, scale_N, need_dx=need_dx, need_dw=False, need_db=need_db,
+            need_value=need_value, need_norm=wanted and owner.policy().clips,
+        )  # fmt: skip
+        dx, db, rows_N = made.dx_ND, made.db_L, made.rows_N
+        if wanted:
+            wrong = _wrong(problem, target, target_aux, scale_N)
+            owner.keep(keep_head(problem, stats, scale_N, made.norm2, wrong))
+        if rows_N is not None:
+            owner.fill_loss(serial, reduce_rows(rows_N, spec, factor))
     else:
         owner.check_ticket(ticket)
         guard = _guard(owner, problem, target, target_aux, scale_N, deferred=need_value)
@@ -247,16 +256,25 @@ def _guard(
 
     The flag is non-zero if the update must not be applied; `opt.step()` reads it.
     """
-    x, num_outputs = problem.x_ND, problem.w_LD.shape[0]
+    x = problem.x_ND
     if x.device.type == "cpu":
         for what, tensor in (("features", x), ("upstream gradient", scale_N)):
             check_finite(owner, what, tensor, deferred=deferred)
         return {}
-    finite = torch.isfinite(x).all() & torch.isfinite(scale_N).all()
-    wrong = labels_out_of_range(problem.loss, target, target_aux, x.shape[0], num_outputs)
-    guard = (~finite | wrong).to(torch.int32)
+    guard = _wrong(problem, target, target_aux, scale_N).to(torch.int32)
     owner.invalid = guard if owner.invalid is None else torch.maximum(owner.invalid, guard)
     return {"guard": guard}
+
+
+def _wrong(
+    problem: HeadProblem, target: Tensor, target_aux: Tensor | None, scale_N: Tensor
+) -> Tensor:
+    """Whether features or upstream gradient are not finite or, on CUDA, a label is out of range."""
+    x, num_outputs = problem.x_ND, problem.w_LD.shape[0]
+    wrong = ~(torch.isfinite(x).all() & torch.isfinite(scale_N).all())
+    if x.device.type == "cpu":
+        return wrong  # labels were checked already
+    return wrong | labels_out_of_range(problem.loss, target, target_aux, x.shape[0], num_outputs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -24,6 +24,7 @@ from elmo_compile.ops.head_program import (
     work_dtype,
 )
 from elmo_compile.ops.owners import owner_by_key
+from elmo_compile.ops.second_pass import keep_program
 
 
 @torch.library.custom_op(
@@ -87,8 +88,26 @@ def fused_head_program_backward(
     owner = owner_by_key(key)
     products = products_of([x], [owner.param.detach()], compute, [False])
     arguments = [*found.arguments(inputs, sizes), *saved, *tangents]
-    if not weight_is_wanted(owner):
-        made = backward(found, products, arguments, chunk, need_dx=[need_dx], need_dw=[False])
+    wanted = weight_is_wanted(owner)
+    if not wanted or owner.policy().at_step:
+        if wanted:
+            owner.check_keep(ticket)
+        made = backward(
+            found, products, arguments, chunk, need_dx=[need_dx], need_dw=[False],
+            need_norm=wanted and owner.policy().clips,
+        )  # fmt: skip
+        if wanted:
+            owner.keep(
+                keep_program(
+                    found,
+                    x,
+                    [*found.arguments(inputs, sizes), *saved],
+                    tangents,
+                    chunk,
+                    compute,
+                    made.norm2,
+                )
+            )
     else:
         owner.check_ticket(ticket)
         for given in (x, *tangents):

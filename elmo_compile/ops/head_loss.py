@@ -103,7 +103,7 @@ def head_loss_backward(
     )
     factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
     scale_N = row_scale(grad, spec, target, factor, x.shape[0])
-    dx, dw, db = kernels.select(x.device).backward(
+    dx, dw, db, *_ = kernels.select(x.device).backward(
         problem, stats, scale_N, need_dx=need_dx, need_dw=need_dw, need_db=need_db
     )
     # One empty tensor each: the outputs of an op may not alias.

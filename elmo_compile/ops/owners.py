@@ -12,7 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,30 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from elmo_compile.errors import FusedUpdateError, InputError
 from elmo_compile.numerics.update import Update
+from elmo_compile.ops.counters import Counters
+from elmo_compile.ops.gather import gathered
 from elmo_compile.ops.kept import about_to_change
+from elmo_compile.ops.second_pass import (
+    Kept,
+    apply,
+    current_task,
+    keep_dense,
+    merged,
+    squared_norm,
+)
 
 _MAX_OPEN_LOSSES = 256
+
+
+class Policy(NamedTuple):
+    """When and how a weight's optimizer wants it updated."""
+
+    at_step: bool = False
+    """By `opt.step()`, from what backwards kept; else inside backward."""
+    accumulate: str = "error"
+    """What several backwards before a step mean: see the optimizers."""
+    clips: bool = False
+    """The gradient's norm will be asked for."""
 
 
 class Owner:
@@ -40,6 +61,15 @@ class Owner:
         """Reads the hyper-parameters now and returns the update to apply; counts nothing."""
         self.on_update: Callable[[], None] = lambda: None
         """Called after an update was applied."""
+        self.policy: Callable[[], Policy] = Policy
+        """Reads how the weight is to be updated now."""
+        self.kept: list[Kept] = []
+        """What backwards left for `opt.step()` to update from."""
+        self.reduce_over: Any = None
+        """Under DistributedDataParallel: the process group whose mean gradient is wanted."""
+        self.refused_in = ""
+        """Where no fused call may be made now: `step(closure)`."""
+        self.counters = Counters()
         self.updates = 0
         """Updates so far in this process: the ticket a forward takes."""
         self.pending = False
@@ -86,6 +116,27 @@ class Owner:
 
     def check_ticket(self, ticket: int) -> None:
         """Raise FusedUpdateError if a backward for `ticket` must not update the weight."""
+        self._check_owned(ticket)
+        if self.pending and self.policy().accumulate != "step_each":
+            raise FusedUpdateError(
+                f"a second backward would update the head weight {self.name} before opt.step() "
+                "was called (the step of the elmo_compile optimizer that owns it; delete that "
+                "optimizer if another one trains the weight now). Call it after every backward; to "
+                "accumulate gradients use update_at='step' with accumulate='stash', or fused=False"
+            )
+
+    def check_keep(self, ticket: int) -> None:
+        """Raise FusedUpdateError if a backward for `ticket` must not add to what is kept."""
+        self._check_owned(ticket)
+        again = bool(self.kept) and self.kept[-1].task != current_task()
+        if again and self.policy().accumulate == "error":
+            raise FusedUpdateError(
+                f"a second backward reached the head weight {self.name} before opt.step() or "
+                "opt.zero_grad() was called. To accumulate gradients construct the optimizer with "
+                "accumulate='stash'"
+            )
+
+    def _check_owned(self, ticket: int) -> None:
         if self.superseded:
             raise FusedUpdateError(
                 f"the head weight {self.name} was taken over by a newer optimizer after this "
@@ -99,13 +150,6 @@ class Owner:
                 "opt.step() between them; to run several backwards, construct the optimizer with "
                 "fused=False (gradient accumulation needs update_at='step' or fused=False)"
             )
-        if self.pending:
-            raise FusedUpdateError(
-                f"a second backward would update the head weight {self.name} before opt.step() "
-                "was called (the step of the elmo_compile optimizer that owns it; delete that "
-                "optimizer if another one trains the weight now). Call it after every backward; to "
-                "accumulate gradients use update_at='step' with accumulate=, or fused=False"
-            )
 
     def check_consistent(self) -> None:
         """Raise FusedUpdateError if the weight was left half updated."""
@@ -113,6 +157,16 @@ class Owner:
             raise FusedUpdateError(
                 f"the head weight {self.name} is inconsistent: a backward stopped while it was "
                 "being updated. Load it and the optimizer's state from the last checkpoint"
+            )
+
+    def check_call(self) -> None:
+        """Raise FusedUpdateError if no fused call may be made."""
+        self.check_consistent()
+        if self.refused_in:
+            raise FusedUpdateError(
+                f"{self.refused_in} runs forward and backward any number of times, but the head "
+                f"weight {self.name} is updated by its own backward. Call backward() and then "
+                "step(), or construct the optimizer with fused=False"
             )
 
     def check_step(self) -> None:
@@ -134,7 +188,7 @@ class Owner:
                 ".grad. Construct the optimizer with fused=False, use the weight in one place, or "
                 "clear gradients with zero_grad(set_to_none=True)"
             )
-        if self.in_use and self.replaced_by_unowned and not self.pending:
+        if self.in_use and self.replaced_by_unowned and not (self.pending or self.kept):
             raise FusedUpdateError(
                 f"the head weight {self.name} was replaced: the model now trains with a Parameter "
                 "that this optimizer does not own (load_state_dict(assign=True)?). Construct the "
@@ -155,6 +209,56 @@ class Owner:
                     "invalid (NaN, infinity or a label out of range); its update was not applied"
                 )
 
+    def keep(self, kept: Kept) -> None:
+        """Leave a backward's gradient for `opt.step()`."""
+        self.kept.append(kept)
+        self.replaced_by_unowned = False
+
+    def forget_kept(self) -> None:
+        """Drop what backwards kept: the gradient is zeroed."""
+        self.kept = []
+
+    def settle(self) -> None:
+        """Before a step: what was kept as one gradient, of all processes and uses of the weight.
+
+        A gradient in `.grad` (another use of the weight) is part of it.
+        """
+        if not self.kept:
+            return
+        if self.param.grad is not None:
+            self.kept.append(keep_dense(self.param.grad))
+        if self.reduce_over is not None:
+            self.kept = gathered(self.kept, self.reduce_over)
+        self.kept = merged(self.kept)
+
+    def wrong(self) -> Tensor:
+        """Whether anything kept is invalid or not finite, as a bool scalar on its device."""
+        return torch.stack([one.wrong for one in self.kept]).any()
+
+    def squared_norm(self) -> Tensor:
+        """The squared norm of the kept gradient, float64. `settle` comes first."""
+        return squared_norm(self.kept, self.param.detach())
+
+    def apply_kept(self, factor: Any = None) -> None:
+        """Update the weight from what was kept, its gradient times `factor`."""
+        if not self.kept:
+            return
+        update, guard = self.next_update(), None
+        if self.param.device.type != "cpu":
+            guard = self.wrong().to(torch.int32)
+            self.invalid = guard if self.invalid is None else torch.maximum(self.invalid, guard)
+        for one in self.kept:
+            if factor is not None:
+                one.times_(factor)
+        with self.applying():
+            apply(self.kept, self.param.detach(), update, guard=guard)
+        self.kept = []
+
+    def close_step(self) -> None:
+        """`opt.step()` is over: the next backward may come."""
+        self.pending = False
+        self.forget_kept()
+
     @contextmanager
     def applying(self, serial: int | None = None) -> Iterator[None]:
         """Around the writes of one update: marks the weight inconsistent if they do not finish.
@@ -164,9 +268,11 @@ class Owner:
         """
         self.filling = serial
         about_to_change(self.param)
+        self.counters.before(self.param, self.updates)
         self.inconsistent = True
         yield
         torch.autograd.graph.increment_version(self.param)
+        self.counters.after(self.param)
         self.updates += 1
         self.pending = True
         self.replaced_by_unowned = False

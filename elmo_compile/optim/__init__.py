@@ -1,5 +1,5 @@
-"""Optimizers that own a head's weight and update it inside the backward of its loss."""
+"""Optimizers that own a head's weight and update it without a gradient."""
 
-from elmo_compile.optim.sgd import SGD
+from elmo_compile.optim.rules import SGD, Adagrad, AdamW, Lion
 
-__all__ = ["SGD"]
+__all__ = ["SGD", "Adagrad", "AdamW", "Lion"]

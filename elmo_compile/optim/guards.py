@@ -1,12 +1,15 @@
 """What must see a gradient that does not exist is stopped, loudly.
 
-A fused head's weight has no gradient, so clipping by norm would silently leave it out, and a scaled
-loss would be applied to it scaled. Two functions of torch are wrapped, once, when the first fused
-optimizer is made; both wrappers do nothing unless a fused head is involved.
+A fused head's weight has no gradient, so clipping by norm would silently leave it out, and a
+scaled loss would be applied to it scaled. Four functions of torch are wrapped, once, when the first fused
+optimizer is made; the wrappers do nothing unless a fused head is involved. With `update_at="step"`
+GradScaler works: what a head kept is unscaled and looked at with the gradients.
 
 Private names: `torch.nn.utils.clip_grad._clip_grads_with_norm_`, looked up by `clip_grad_norm_` at
-every call, so that `from torch.nn.utils import clip_grad_norm_` is covered too (torch 2.11 to
-2.13). A `clip_grad_value_` imported by name before the first fused optimizer was made is not.
+every call, so that `from torch.nn.utils import clip_grad_norm_` is covered too, and
+`GradScaler._unscale_grads_`, through which every unscaling and every check for infinities goes
+(torch 2.11 to 2.15). A `clip_grad_value_` imported by name before the first fused optimizer was
+made is not.
 """
 
 from __future__ import annotations
@@ -32,6 +35,30 @@ def install() -> None:
     _wrap(clip_grad, "clip_grad_value_", _refuse_clipping)
     _wrap(torch.nn.utils, "clip_grad_value_", _refuse_clipping)
     _wrap(torch.amp.GradScaler, "scale", _refuse_scaling)
+    _wrap_unscale()
+
+
+def _wrap_unscale() -> None:
+    original = torch.amp.GradScaler._unscale_grads_
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def unscale(
+        scaler: Any, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        found = original(scaler, optimizer, inv_scale, found_inf, allow_fp16)
+        for owner in getattr(optimizer, "_owners", ()):
+            if owner.kept:
+                device = owner.param.device
+                flag = found.setdefault(device, found_inf.to(device, copy=True))
+                flag.copy_(torch.maximum(flag, owner.wrong().to(flag)))
+                for one in owner.kept:
+                    one.times_(inv_scale.to(device))
+        return found
+
+    setattr(unscale, _MARK, original)
+    torch.amp.GradScaler._unscale_grads_ = unscale  # type: ignore[method-assign, assignment]
 
 
 def _wrap(where: Any, name: str, check: Any) -> None:
@@ -57,12 +84,12 @@ def _refuse_clipping(args: Any, kwargs: Any) -> tuple[Any, Any]:
         owner = owner_of(param)
         if owner is None or not owner.in_use or owner.superseded:
             continue
-        if owner.pending or param.grad is None:  # otherwise this step was not fused
+        if owner.pending or owner.kept or param.grad is None:  # otherwise this step was not fused
             raise FusedUpdateError(
                 f"gradient clipping was asked for, but the update of the head weight {owner.name} "
-                "is fused into backward(): it is applied already and has no gradient to clip. "
-                "Leave that parameter out, construct the optimizer with fused=False, or clip "
-                "inside the optimizer with max_norm= and update_at='step'"
+                "is fused: there is no gradient to clip. Clip inside the optimizer with max_norm= "
+                "and update_at='step', leave that parameter out, or construct the optimizer with "
+                "fused=False"
             )
     if args:
         return (params, *args[1:]), kwargs
@@ -75,6 +102,8 @@ def _refuse_scaling(args: Any, kwargs: Any) -> tuple[Any, Any]:
     if scaler is not None and scaler.is_enabled():
         for weight in _anchored(outputs):
             owner = owner_of(weight)
+            if owner is not None and owner.policy().at_step:
+                continue
             name = owner.name if owner is not None else str(tuple(weight.shape))
             raise FusedUpdateError(
                 f"GradScaler would scale the loss of the head weight {name}, whose update is "

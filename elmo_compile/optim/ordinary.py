@@ -1,97 +1,101 @@
-"""An update from a gradient that exists: the same arithmetic and rounding as the fused one."""
+"""Updates from gradients that exist: the same arithmetic and rounding as the fused ones.
+
+Every parameter is seen as a matrix [R, D]: [..., D] as it is, [D] as one row (as [D, 1] where the
+state is a number a row), a complex one by its real numbers.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from elmo_compile.errors import OptionError
-from elmo_compile.numerics.formats import format_of
-from elmo_compile.numerics.philox import MOMENTUM, WEIGHT
-from elmo_compile.numerics.rounding import round_nearest, stochastic_round
-from elmo_compile.numerics.update import Update, sgd
+from elmo_compile.numerics.update import Update
+from elmo_compile.ops.rows import update_matrices, update_some_rows
+from elmo_compile.optim.state import is_blockwise
 
-_BLOCK = 1 << 22
-"""Elements widened to float32 at once."""
-
-_ROUNDED = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+Item = tuple[Tensor, Tensor, Update]
 
 
-def apply_update(param: Tensor, grad: Tensor, update: Update) -> None:
-    """Update `param` (and the momentum buffer) in place from a gradient, block of rows by block."""
-    if grad.is_sparse:
-        _apply_sparse(param, grad, update)
-        return
-    if param.is_complex():
-        buffer = None if update.buffer is None else torch.view_as_real(update.buffer)
-        update = dataclasses.replace(update, buffer=buffer)
-        param, grad = torch.view_as_real(param), torch.view_as_real(grad)
-    if param.dim() < 2:
-        _apply_block(param, grad, update.buffer, update, 0)
-        return
-    columns = max(1, param.shape[-1])
-    p_RD = param.view(-1, columns) if param.is_contiguous() else param
-    g_RD = grad.reshape(p_RD.shape)
-    m_RD = None if update.buffer is None else update.buffer.view(p_RD.shape)
-    rows = max(1, _BLOCK // max(1, p_RD[0].numel() if p_RD.shape[0] else 1))
-    if not param.is_contiguous():
-        rows = max(1, p_RD.shape[0])
-    for start in range(0, p_RD.shape[0], rows):
-        block = slice(start, start + rows)
-        m = None if m_RD is None else m_RD[block]
-        _apply_block(p_RD[block], g_RD[block], m, update, start)
+def apply_updates(items: Iterable[Item]) -> None:
+    """Update parameters in place, each (parameter, its gradient, its update).
+
+    Raises:
+        OptionError: a sparse gradient that the update cannot honour. Nothing is modified.
+    """
+    dense: list[Item] = []
+    sparse: list[Item] = []
+    for item in items:
+        (sparse if item[1].is_sparse else dense).append(item)
+    for _, _, update in sparse:
+        _check_sparse(update)
+    matrices = [_Matrix(*item) for item in dense]
+    update_matrices([(m.w_RD, m.grad_RD, m.update) for m in matrices])
+    for matrix in matrices:
+        matrix.write_back()
+    for param, grad, update in sparse:
+        grad = grad.coalesce()
+        rows_K, values = grad.indices()[0], grad.values()
+        if rows_K.numel():
+            width = values[0].numel()
+            w_RD = param.view(-1, width)
+            update_some_rows(w_RD, rows_K, values.reshape(-1, width), update)
 
 
-def _apply_block(p: Tensor, g: Tensor, m: Tensor | None, update: Update, row: int) -> None:
-    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-    new_p, new_m = sgd(
-        p.to(wide),
-        g.to(wide),
-        None if m is None else m.to(wide),
-        lr=update.lr,
-        weight_decay=update.weight_decay,
-        momentum=update.momentum,
-        nesterov=update.nesterov,
-    )
-    _store(p, new_p, update, WEIGHT, row, update.rounding == "stochastic")
-    if m is not None and new_m is not None:
-        _store(m, new_m, update, MOMENTUM, row, True)
+class _Matrix:
+    """A parameter, its gradient and its state as contiguous matrices."""
+
+    def __init__(self, param: Tensor, grad: Tensor, update: Update) -> None:
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        if param.is_complex():
+            update = dataclasses.replace(
+                update, state=tuple(torch.view_as_real(s) for s in update.moments)
+            )
+            param, grad = torch.view_as_real(param), torch.view_as_real(grad)
+        shape = self._shape(param, update)
+        self.w_RD = self._rows(param, shape)
+        self.grad_RD = grad.reshape(shape)
+        if not self.grad_RD.is_contiguous():
+            self.grad_RD = self.grad_RD.contiguous()
+        if not update.row_wise:
+            state = tuple(s if is_blockwise(s) else self._rows(s, shape) for s in update.state)
+            update = dataclasses.replace(update, state=state)
+        if update.compensates_all and update.compensation is not None:
+            compensation = self._rows(update.compensation, shape)
+            update = dataclasses.replace(update, compensation=compensation)
+        self.update = update
+
+    @staticmethod
+    def _shape(param: Tensor, update: Update) -> tuple[int, int]:
+        if param.dim() < 2:
+            return (param.numel(), 1) if update.row_wise else (1, param.numel())
+        columns = param.shape[-1]
+        return (param.numel() // columns if columns else 0, columns)
+
+    def _rows(self, t: Tensor, shape: tuple[int, int]) -> Tensor:
+        """t as a contiguous matrix: a view, or a copy that `write_back` brings home."""
+        t = t.detach()
+        if t.is_contiguous():
+            return t.view(shape)
+        copy = t.contiguous().view(shape)
+        self._copies.append((t, copy))
+        return copy
+
+    def write_back(self) -> None:
+        """Write what was updated in a copy."""
+        for home, copy in self._copies:
+            home.copy_(copy.view(home.shape))
 
 
-def _store(out: Tensor, value: Tensor, update: Update, stream: int, row: int, noise: bool) -> None:
-    if out.dtype not in _ROUNDED:
-        out.copy_(value)
-        return
-    if not noise:
-        out.copy_(round_nearest(value, format_of(out.dtype).dtype))
-        return
-    rounded = stochastic_round(
-        value,
-        out.dtype,
-        seed=update.seed,
-        param_id=update.param_id,
-        stream=stream,
-        step=update.step,
-        offset=row + update.row_offset if value.dim() > 1 else 0,
-    )
-    out.copy_(rounded)
-
-
-def _apply_sparse(param: Tensor, grad: Tensor, update: Update) -> None:
-    """Rows of an embedding, as torch.optim.SGD does: no momentum, no weight decay."""
-    if update.momentum or update.weight_decay or param.dtype in _ROUNDED:
+def _check_sparse(update: Update) -> None:
+    """Only rows with a gradient are touched: the rule must leave all others as they are."""
+    stays = update.row_wise or (update.rule == "sgd" and not update.state)
+    if update.weight_decay or update.compensation is not None or not stays:
         raise OptionError(
-            "a sparse gradient is accepted for a float32 parameter without momentum and without "
-            f"weight_decay; got dtype={param.dtype}, momentum={update.momentum}, "
-            f"weight_decay={update.weight_decay}. Use sparse=False or torch.optim.SparseAdam"
+            "a sparse gradient is accepted where rows without one do not change: by SGD without "
+            "momentum and by Adagrad, without weight_decay and without kahan. Use sparse=False, "
+            "or torch.optim.SparseAdam"
         )
-    param.add_(grad, alpha=-update.lr)
-
-
-def buffer_dtype(weight: torch.dtype) -> torch.dtype:
-    """What a momentum buffer of a weight is stored in."""
-    if weight.itemsize == 1:
-        return torch.bfloat16
-    return torch.float32 if weight == torch.float16 else weight

@@ -5,7 +5,7 @@ Sums are in arithmetic precision within a chunk and in float64 across chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,14 +31,30 @@ def run(
     sink: Sink | None = None,
 ) -> list[Any]:
     """The schedule's outputs; gradients of logits go to `sink`, and are None among them."""
-    env: dict[str, Any] = dict(zip(schedule.inputs, inputs))
+    env: dict[str, Any] = {}
+    for start, stop, gradients in iterate(schedule, inputs, chunks, num_outputs, compiler, env):
+        assert sink is not None
+        sink(start, stop, gradients)
+    return [None if name is None else env[name] for name in schedule.outputs]
+
+
+def iterate(
+    schedule: Schedule,
+    inputs: Sequence[Any],
+    chunks: Chunks,
+    num_outputs: int,
+    compiler: Compiler,
+    env: dict[str, Any],
+) -> Iterator[tuple[int, int, dict[int, Tensor]]]:
+    """Evaluate into `env`, giving (start, stop, gradient of each product's logits) of the chunks of
+    the walks that form such gradients."""
+    env.update(zip(schedule.inputs, inputs))
     for step in schedule.steps:
         if isinstance(step, Walk):
-            _walk(step, env, chunks, num_outputs, compiler, sink)
+            yield from _walk(step, env, chunks, num_outputs, compiler)
         else:
             for node in step:
                 env[node.name] = _evaluate(node, env)
-    return [None if name is None else env[name] for name in schedule.outputs]
 
 
 def _evaluate(node: fx.Node, env: dict[str, Any]) -> Any:
@@ -53,8 +69,7 @@ def _walk(
     chunks: Chunks,
     num_outputs: int,
     compiler: Compiler,
-    sink: Sink | None,
-) -> None:
+) -> Iterator[tuple[int, int, dict[int, Tensor]]]:
     for name, lowest in walk.numbers:
         check_numbers(env[name], lowest, num_outputs)
     step = compiler(walk.graph)
@@ -69,8 +84,7 @@ def _walk(
             total.add(parts[at : at + total.result.parts], start)
             at += total.result.parts
         if walk.gradients:
-            assert sink is not None
-            sink(start, stop, dict(zip(walk.gradients, parts[at:])))
+            yield start, stop, dict(zip(walk.gradients, parts[at:]))
     for total in totals:
         env[total.result.name] = total.value()
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from torch._dynamo.utils import counters
 
 from elmo_compile.kernels import aten
@@ -114,3 +115,13 @@ def test_update_without_rounding_steps_the_right_way() -> None:
         w, g, x = w.to(dtype), g.to(dtype), x.to(dtype)
         torch.addmm(w, g, x, beta=0.5, alpha=-0.25, out=w)
         assert bool((w == -4).all())
+
+
+@pytest.mark.usefixtures("compile_all")
+def test_under_a_dispatch_mode_pieces_run_eagerly() -> None:
+    """Dynamo runs nothing compiled under one: counting a step's operations must still work."""
+    p = problem("bce", weight=torch.bfloat16, compute=torch.bfloat16)
+    step(p, 7)
+    with FlopCounterMode(display=False) as counted:
+        step(p, 7)
+    assert counted.get_total_flops() >= 3 * 2 * 7 * 12 * 53

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from elmo_compile.kernels import aten, reference
-from elmo_compile.kernels.aten import stored
+from elmo_compile.kernels.aten import chunk_update, stored
 from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.numerics.update import Update
 from elmo_compile.testing.budget import assert_within_budget
 
 from .head_cases import FP8, exact, problem, replaced
+from .updates import UPDATES, tensors, with_copies
 
 WEIGHTS = {
     "float32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
     "fp8": (FP8, torch.bfloat16),
 }
-STATES = {"none": None, "float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def updated(family: object, p: HeadProblem, scale_N: Tensor, **options: object) -> Update:
@@ -34,41 +36,57 @@ def words(t: Tensor) -> Tensor:
     return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()])
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@pytest.mark.parametrize("name", UPDATES)
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("features", [12, 10, 7])
-def test_integer_data_gives_the_reference_bits(
-    weight: str, rounding: str, state: str, features: int
-) -> None:
+def test_integer_data_gives_the_reference_bits(weight: str, name: str, features: int) -> None:
     """All-zero-weight BCE has g = 1/2 or -1/2: gradients are exact, so every bit must agree."""
     dtype, compute = WEIGHTS[weight]
+    scale_N = torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0, 4.0, -1.0])
     for chunk in (1, 16, 52, 53, 400):
         p = problem(
             "bce", weight=dtype, compute=compute, chunk=chunk, bias=False, integers=True,
             num_features=features,
         )  # fmt: skip
         p.w_LD.zero_()
-        scale_N = torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0, 4.0, -1.0])
         results = []
         for family in (reference, aten):
             q = replaced(p)
-            buffer = None
-            if STATES[state] is not None:
-                buffer = torch.full(q.w_LD.shape, 0.375, dtype=STATES[state])
-            update = updated(
-                family, q, scale_N, lr=0.0123, weight_decay=0.01, rounding=rounding, seed=5,
-                param_id=3, step=9, row_offset=1 << 33, buffer=buffer,
-                momentum=0.9 if buffer is not None else 0.0, nesterov=state == "bf16",
-            )  # fmt: skip
-            results.append((q.w_LD, update.buffer))
-        if weight == "float32" and state == "none":
-            # Formed in the product's epilogue, whose float32 operations come in another order.
-            torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-7)
-        else:
-            assert torch.equal(words(results[0][0]), words(results[1][0])), chunk
-        if results[0][1] is not None:
-            assert torch.equal(words(results[0][1]), words(results[1][1])), chunk
+            update = with_copies(UPDATES[name](53, features))
+            update = dataclasses.replace(update, seed=5, param_id=3)
+            family.backward_update(q, torch.empty(0), scale_N, update)
+            results.append({"weight": q.w_LD, **tensors(update)})
+        for key, wanted in results[0].items():
+            if weight == "float32" and key == "weight":
+                # Formed in the product's epilogue, whose operations come in another order.
+                torch.testing.assert_close(results[1][key], wanted, rtol=1e-6, atol=1e-7)
+            else:
+                assert torch.equal(words(results[1][key]), words(wanted)), (key, chunk)
+
+
+@pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.parametrize("weight", ["bf16", "fp8"])
+def test_a_gradient_that_exists_gives_the_same_bits(weight: str, name: str) -> None:
+    """`update_rows` for parameters of any kind, in blocks, against the specification."""
+    torch.manual_seed(1)
+    w = torch.randn(53, 12).mul(0.3).to(WEIGHTS[weight][0])
+    grad = torch.randn(53, 12).to(torch.bfloat16)
+    results = []
+    for run in (
+        lambda w, u: reference.apply_update(w, grad.float(), u),
+        lambda w, u: chunk_update.update_rows(w, grad, u),
+        lambda w, u: chunk_update.update_rows(w, grad.float(), u),
+    ):
+        mine, update = w.clone(), with_copies(UPDATES[name](53, 12))
+        run(mine, update)
+        results.append({"weight": mine, **tensors(update)})
+    assert not torch.equal(words(results[0]["weight"]), words(w))
+    for other in results[1:]:
+        for key, wanted in results[0].items():
+            if key == "state 0" and "adagrad" in name:
+                torch.testing.assert_close(other[key], wanted)
+            else:
+                assert torch.equal(words(other[key]), words(wanted)), key
 
 
 @pytest.mark.parametrize("weight", ["bf16", "fp8"])
@@ -170,5 +188,7 @@ def test_layouts_are_taken_where_they_can_be() -> None:
     assert layout(FP8, 8, rounding="nearest") == "plain"
     assert layout(torch.float32, 8) == "plain"
     state = torch.zeros(8, 8)
-    assert layout(torch.bfloat16, 8, buffer=state) == "plain"
-    assert layout(torch.bfloat16, 8, buffer=state.bfloat16()) == "pairs"
+    assert layout(torch.bfloat16, 8, state=(state,)) == "plain"
+    assert layout(torch.bfloat16, 8, state=(state.bfloat16(),)) == "pairs"
+    assert layout(torch.bfloat16, 8, compensation=state.bfloat16()) == "pairs"
+    assert layout(FP8, 8, compensation=state.bfloat16()) == "plain"

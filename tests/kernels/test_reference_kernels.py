@@ -38,17 +38,17 @@ def test_update_equals_torch_sgd(momentum: float, nesterov: bool, weight_decay: 
     optimizer = torch.optim.SGD(
         [w], lr=0.1, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
     )
-    buffer = torch.zeros_like(p.w_LD) if momentum else None
+    state = (torch.zeros_like(p.w_LD),) if momentum else ()
     for step in range(3):
         stats_2N = reference.forward(p).stats_2N
         w.grad = reference.backward(p, stats_2N, scale_N).dw_LD
         optimizer.step()
         update = Update(
             lr=0.1,
-            momentum=momentum,
+            beta1=momentum,
             nesterov=nesterov,
             weight_decay=weight_decay,
-            buffer=buffer,
+            state=state,
             step=step,
         )
         reference.backward_update(p, stats_2N, scale_N, update)

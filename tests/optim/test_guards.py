@@ -112,13 +112,13 @@ def test_float16_autocast_with_grad_scaler_is_not_fused() -> None:
 
 
 @pytest.mark.parametrize(
-    "option",
-    [{"update_at": "step"}, {"accumulate": "sum"}, {"max_norm": 1.0}, {"nonfinite": "skip"}],
-    ids=str,
+    "option", [{"accumulate": "stash"}, {"max_norm": 1.0}, {"nonfinite": "skip"}], ids=str
 )
 def test_what_must_see_the_whole_gradient_is_refused(option: dict) -> None:
     with pytest.raises(OptionError, match="update_at='step'"):
         elmo.optim.SGD(net().parameters(), 0.1, **option)
+    elmo.optim.SGD(net().parameters(), 0.1, update_at="step", **option)
+    elmo.optim.SGD(net().parameters(), 0.1, fused=False, **option)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,19 @@ def test_what_must_see_the_whole_gradient_is_refused(option: dict) -> None:
         ("nesterov", 1),
         ("rounding", "up"),
         ("fused", "yes"),
+        ("update_at", "later"),
+        ("accumulate", "sum"),
+        ("micro_batches", 0),
+        ("max_norm", -1.0),
+        ("nonfinite", "ignore"),
+        ("state_dtype", "int4"),
+        ("state_dtype", 8),
+        ("compensation_dtype", torch.float16),
+        ("eco", True),
+        ("kahan_rows", 0),
+        ("kahan_rows", 1.5),
+        ("kahan_rows", "many"),
+        ("kahan_rows", [0, 48]),
         ("seed", -1),
         ("seed", 2**32),
         ("seed", 1.5),

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 import elmo_compile as elmo
 from elmo_compile.errors import OptionError
+from elmo_compile.kernels.aten import chunk_update
 from elmo_compile.numerics.philox import MOMENTUM
 from elmo_compile.numerics.rounding import round_nearest, stochastic_round
-from elmo_compile.optim import ordinary
 
 
 def stepped(make: type, values: list[Tensor], grads: list[list[Tensor]], **hyper: object) -> list:
@@ -60,7 +60,7 @@ def test_every_shape_equals_torch(hyper: dict) -> None:
 def test_narrow_weights_are_rounded_once(
     dtype: torch.dtype, rounding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ordinary, "_BLOCK", 20)  # several blocks
+    monkeypatch.setattr(chunk_update, "_BLOCK", 20)  # several blocks
     torch.manual_seed(0)
     for shape in [(9,), (6, 8), (2, 3, 8)]:
         w = torch.randn(shape).to(dtype)

@@ -263,7 +263,7 @@ def test_named_parameters_are_named_in_messages() -> None:
     del opt
 
 
-def test_a_closure_is_run_once() -> None:
+def test_a_closure_is_refused_if_a_head_is_fused() -> None:
     model = net()
     step, opt = owned(model)
 
@@ -273,7 +273,15 @@ def test_a_closure_is_run_once() -> None:
         loss.backward()
         return loss
 
+    for _ in range(2):
+        with pytest.raises(FusedUpdateError, match=r"step\(closure\)"):
+            opt.step(closure)
+    train(step, opt, 1)
+    with pytest.raises(FusedUpdateError, match=r"step\(closure\)"):
+        opt.step(closure)
+    want = reference(net(), 1)
+    assert_same(model, want)
+    opt = elmo.optim.SGD(model.parameters(), 0.5, fused=False)
     first = opt.step(closure)
-    second = opt.step(closure)
+    assert opt.step(closure) < first
     assert updates(opt, model.head.weight) == 2
-    assert second < first

@@ -8,20 +8,36 @@ the weight gradient where it is the result.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from elmo_compile.kernels.aten.head import BiasGradient, FeatureGradient, Head, WeightGradient
+from elmo_compile.kernels.aten.chunk_update import ChunkUpdate, choose_layout
+from elmo_compile.kernels.aten.head import (
+    BiasGradient,
+    FeatureGradient,
+    GradientNorm,
+    Head,
+    WeightGradient,
+    wide_product,
+)
 from elmo_compile.kernels.aten.row_losses import BinaryRows, SoftmaxRows, TargetScores
 from elmo_compile.kernels.aten.topk import TopRows
 from elmo_compile.kernels.aten.topk import topk as _topk
 from elmo_compile.kernels.problem import Forward, Gradients, HeadProblem, UpdateResult
 from elmo_compile.numerics.update import Update
 
-__all__ = ["TopRows", "backward", "backward_update", "forward", "topk"]
+__all__ = [
+    "TopRows",
+    "backward",
+    "backward_update",
+    "forward",
+    "head_chunks",
+    "topk",
+    "update_from_chunks",
+]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -73,26 +89,25 @@ def backward(
     need_dx: bool = True,
     need_dw: bool = True,
     need_db: bool = True,
+    need_value: bool = False,
+    need_norm: bool = False,
 ) -> Gradients:
     """Gradients of the head from recomputed logits: one product and one for each of dx and dw."""
     head = Head(p)
-    stats = head.row_statistics(stats_2N)
-    xs_ND, scale = head.scaled_features(scale_N)
-    dx = FeatureGradient(head) if need_dx else None
+    walk = _Walk(head, stats_2N, scale_N, need_dx, need_db, need_value)
     dw = WeightGradient(head) if need_dw else None
-    db = BiasGradient(head, scale_N) if need_db else None
-    for start, stop, w_CD, z_CN in head.chunks():
-        g_CN = head.loss.gradient_(z_CN, start, stop, stats)
-        if dx is not None:
-            dx.add(g_CN, w_CD)
+    norm = GradientNorm(walk.xs_ND, walk.scale) if need_norm else None
+    for start, stop, g_CN in walk:
         if dw is not None:
-            dw.put(start, stop, g_CN, xs_ND, scale)
-        if db is not None:
-            db.put(start, stop, g_CN)
+            dw.put(start, stop, g_CN, walk.xs_ND, walk.scale)
+        if norm is not None:
+            norm.add(g_CN)
     return Gradients(
-        None if dx is None else dx.result(scale_N),
+        walk.dx_ND(),
         None if dw is None else dw.dw_LD,
-        None if db is None else db.db_L,
+        walk.db_L(),
+        walk.rows_N(),
+        None if norm is None else norm.result(),
     )
 
 
@@ -109,26 +124,90 @@ def backward_update(
 ) -> UpdateResult:
     """Gradients of features and bias, and the weight updated in place: three products."""
     head = Head(p, update)
-    stats = head.row_statistics(stats_2N)
-    xs_ND, scale = head.scaled_features(scale_N)
-    dx = FeatureGradient(head) if need_dx else None
-    db = BiasGradient(head, scale_N) if need_db else None
-    scores = TargetScores(head) if need_value and head.loss.is_ce else None
-    values = BinaryRows(head) if need_value and not head.loss.is_ce else None
-    shared = values.rows_N if values is not None and head.loss.dense is None else None
-    for start, stop, w_CD, z_CN in head.chunks():
-        for rows in (scores, values):
-            if rows is not None and shared is None:
-                rows.add(z_CN, start, stop)
-        g_CN = head.loss.gradient_(z_CN, start, stop, stats, shared)
-        if dx is not None:
-            dx.add(g_CN, w_CD)
-        if db is not None:
-            db.put(start, stop, g_CN)
-        head.weight.step(start, stop, g_CN, xs_ND, scale)
-    rows_N = None if values is None else values.result().rows_N
-    return UpdateResult(
-        None if dx is None else dx.result(scale_N),
-        None if db is None else db.db_L,
-        scores.losses(stats_2N.double().sum(0)) if scores else rows_N,
-    )
+    walk = _Walk(head, stats_2N, scale_N, need_dx, need_db, need_value)
+    for start, stop, g_CN in walk:
+        head.weight.step(start, stop, g_CN, walk.xs_ND, walk.scale)
+    return UpdateResult(walk.dx_ND(), walk.db_L(), walk.rows_N())
+
+
+class _Walk:
+    """One pass over a head's chunks: yields each one's gradient of the logits, and forms beside it
+    dx, db and the row losses, where they are wanted."""
+
+    def __init__(
+        self,
+        head: Head,
+        stats_2N: Tensor,
+        scale_N: Tensor,
+        need_dx: bool = False,
+        need_db: bool = False,
+        need_value: bool = False,
+    ) -> None:
+        self.head, self._stats_2N, self._scale_N = head, stats_2N, scale_N
+        self._stats = head.row_statistics(stats_2N)
+        self.xs_ND, self.scale = head.scaled_features(scale_N)
+        self._dx = FeatureGradient(head) if need_dx else None
+        self._db = BiasGradient(head, scale_N) if need_db else None
+        is_ce = head.loss.is_ce
+        self._scores = TargetScores(head) if need_value and is_ce else None
+        self._values = BinaryRows(head) if need_value and not is_ce else None
+
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, g [C, N]) of each chunk; its weights may be overwritten meanwhile."""
+        loss, values = self.head.loss, self._values
+        shared = values.rows_N if values is not None and loss.dense is None else None
+        for start, stop, w_CD, z_CN in self.head.chunks():
+            for rows in (self._scores, values):
+                if rows is not None and shared is None:
+                    rows.add(z_CN, start, stop)
+            g_CN = loss.gradient_(z_CN, start, stop, self._stats, shared)
+            if self._dx is not None:
+                self._dx.add(g_CN, w_CD)
+            if self._db is not None:
+                self._db.put(start, stop, g_CN)
+            yield start, stop, g_CN
+
+    def dx_ND(self) -> Tensor | None:
+        return None if self._dx is None else self._dx.result(self._scale_N)
+
+    def db_L(self) -> Tensor | None:
+        return None if self._db is None else self._db.db_L
+
+    def rows_N(self) -> Tensor | None:
+        if self._scores is not None:
+            return self._scores.losses(self._stats_2N.double().sum(0))
+        return None if self._values is None else self._values.result().rows_N
+
+
+Chunk = tuple[int, int, Tensor]
+
+
+def head_chunks(p: HeadProblem, stats_2N: Tensor, scale_N: Tensor) -> Iterator[Chunk]:
+    """(start, stop, dw in float32) of each chunk of outputs, from the weight as it is then.
+
+    To be consumed under `torch.no_grad()`: a generator cannot set a mode for itself alone.
+    """
+    head = Head(p)
+    walk = _Walk(head, stats_2N, scale_N)
+    for start, stop, g_CN in walk:
+        yield start, stop, head.weight.restore(wide_product(g_CN, walk.xs_ND)) * walk.scale
+
+
+@_plain_mode
+def update_from_chunks(
+    w_LD: Tensor,
+    chunks: Iterator[Chunk],
+    update: Update,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Update a weight from its gradient, formed chunk by chunk from the weight as it was.
+
+    Args:
+        reduce: applied to each chunk of the gradient (an all-reduce).
+    """
+    run: ChunkUpdate | None = None
+    for start, stop, dw in chunks:
+        if run is None:
+            layout = choose_layout(w_LD, dw.dtype, update)
+            run = ChunkUpdate(w_LD, update, layout, max(1, stop - start), fast=False)
+        run.apply(start, stop, dw if reduce is None else reduce(dw), 1.0)

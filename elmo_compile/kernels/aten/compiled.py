@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 SMALL = 1 << 20
 """Below this many logits a problem runs eagerly: compiling takes seconds, once."""
@@ -54,6 +55,8 @@ def piece(fn: Callable[..., Any], use_compiled: bool, **flags: Any) -> Callable[
         # A ragged last chunk of one output is not worth a variant of its own.
         if tensors[0].shape[:1] == (1,) or any(t.numel() == 0 for t in tensors):
             return eager(*args)
+        if _get_current_dispatch_mode() is not None:  # FlopCounterMode: Dynamo refuses under one
+            return eager(*args)
         key = (fn, tuple(sorted(flags.items())), tuple(_kind(a) for a in args))
         run = _cache.get(key) or _compile(key, fn, flags, args, torch._dynamo.mark_dynamic)
         return run(*args)
@@ -72,7 +75,7 @@ def graph_piece(module: fx.GraphModule, use_compiled: bool) -> Callable[..., Any
 
     def call(*args: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
-        if any(t.numel() == 0 for t in tensors):
+        if any(t.numel() == 0 for t in tensors) or _get_current_dispatch_mode() is not None:
             return module(*args)
         key = (module, tuple(_kind(a) for a in args))
         run = _cache.get(key) or _compile(

@@ -24,6 +24,7 @@ from elmo_compile.kernels.aten import pieces
 from elmo_compile.kernels.aten.chunk_loss import ChunkLoss
 from elmo_compile.kernels.aten.compiled import SMALL, piece
 from elmo_compile.kernels.aten.stored import StoredWeight
+from elmo_compile.kernels.factor import GramFactor
 from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.numerics.update import Update
 
@@ -166,6 +167,28 @@ class WeightGradient:
             return
         part = torch.mm(g_CN, xs_ND, out=self._part[: stop - start])
         out.copy_(self._head.weight.restore(part)).mul_(scale)
+
+
+class GradientNorm:
+    """The squared norm of dw = g^T x, without dw."""
+
+    def __init__(self, xs_ND: Tensor, scale: float) -> None:
+        self._factor, self._scale = GramFactor(xs_ND), scale
+        self._sum = torch.zeros((), dtype=torch.float64, device=xs_ND.device)
+
+    def add(self, g_CN: Tensor) -> None:
+        """Add a chunk's gradient."""
+        self._sum += self._factor.row_squares(g_CN).sum()
+
+    def result(self) -> Tensor:
+        """The squared norm, float64."""
+        return self._sum * (self._scale * self._scale)
+
+
+def wide_product(g_CN: Tensor, xs_ND: Tensor) -> Tensor:
+    """`g x` in float32 (float64): a chunk of dw that is not rounded to the operands' dtype."""
+    work = torch.float64 if xs_ND.dtype == torch.float64 else torch.float32
+    return torch.mm(g_CN.to(work), xs_ND.to(work))
 
 
 class BiasGradient:

@@ -17,10 +17,16 @@ import torch
 from torch import Tensor
 
 from elmo_compile.kernels.aten.compiled import SMALL, graph_piece
-from elmo_compile.kernels.aten.head import FeatureGradient, Operands, WeightGradient
+from elmo_compile.kernels.aten.head import (
+    FeatureGradient,
+    GradientNorm,
+    Operands,
+    WeightGradient,
+    wide_product,
+)
 from elmo_compile.numerics.update import Update
 from elmo_compile.programs.record import Program
-from elmo_compile.programs.run import run
+from elmo_compile.programs.run import iterate, run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,8 +43,14 @@ class Product:
 class ProductGradients:
     """dx [.., D] and dw [L, D] of each product; None where not asked for."""
 
-    def __init__(self, dx: list[Tensor | None], dw: list[Tensor | None], inputs: list[Any]) -> None:
-        self.dx, self.dw, self.inputs = dx, dw, inputs
+    def __init__(
+        self,
+        dx: list[Tensor | None],
+        dw: list[Tensor | None],
+        inputs: list[Any],
+        norm2: Tensor | None = None,
+    ) -> None:
+        self.dx, self.dw, self.inputs, self.norm2 = dx, dw, inputs, norm2
 
 
 class _Products:
@@ -106,12 +118,14 @@ def backward(
     need_dx: Sequence[bool],
     need_dw: Sequence[bool],
     updates: dict[int, Update] | None = None,
+    need_norm: bool = False,
 ) -> ProductGradients:
     """Gradients of features, weights and inputs.
 
     Args:
         inputs: of the program, then its saved values, then the upstream gradients.
         updates: products whose weight is updated in place instead of getting a gradient.
+        need_norm: of the only product's dw: the sum of its squares.
     """
     assert program.backward is not None
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -121,6 +135,8 @@ def backward(
             WeightGradient(o) if need and i not in (updates or {}) else None
             for i, (o, need) in enumerate(zip(held.operands, need_dw))
         ]
+
+        norm = GradientNorm(held.operands[0].x_ND, 1.0) if need_norm else None
 
         def sink(start: int, stop: int, gradients: dict[int, Tensor]) -> None:
             for i, g in gradients.items():
@@ -132,6 +148,8 @@ def backward(
                 into = dx[i]
                 if into is not None:
                     into.add(g_CN, w_CD)
+                if norm is not None:
+                    norm.add(g_CN)
                 to = dw[i]
                 if to is not None:
                     to.put(start, stop, g_CN, head.x_ND, 1.0)
@@ -144,7 +162,26 @@ def backward(
             [None if d is None else _restored(d, p) for d, p in zip(dx, products)],
             [None if d is None else d.dw_LD for d in dw],
             grads[len(products) :],
+            None if norm is None else norm.result(),
         )
+
+
+def program_chunks(
+    program: Program, product: Product, inputs: Sequence[Any], chunk: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, dw in float32) of each chunk of the only product's outputs.
+
+    To be consumed under `torch.no_grad()`, by whoever may overwrite a chunk's weight after it.
+    """
+    assert program.backward is not None
+    held = _Products(program, [product], chunk)
+    compiler = functools.partial(graph_piece, use_compiled=held.fast)
+    head = held.operands[0]
+    for start, stop, gradients in iterate(
+        program.backward, inputs, held.chunks, program.num_outputs, compiler, {}
+    ):
+        dw = wide_product(held.gradient(0, gradients[0]), head.x_ND)
+        yield start, stop, head.weight.restore(dw)
 
 
 def _restored(dx: FeatureGradient, product: Product) -> Tensor:

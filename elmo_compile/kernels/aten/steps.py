@@ -15,7 +15,7 @@ from elmo_compile.kernels.aten import lanes
 from elmo_compile.numerics import philox
 from elmo_compile.numerics.formats import BF16, E4M3, StorageFormat, format_of, is_narrow
 from elmo_compile.numerics.rounding import round_nearest, round_stochastic_bits
-from elmo_compile.numerics.update import sgd
+from elmo_compile.numerics.update import Form, Rates, accumulate_rows, advance
 
 
 def row_keys(
@@ -25,78 +25,127 @@ def row_keys(
     return philox.row_keys_from_words((seed, param_id, step_lo, stream_step_hi), rows)
 
 
+def accumulate_rows_(a: Tensor, dw: Tensor, scale: float) -> None:
+    """Row-wise Adagrad's sum, in place."""
+    a.copy_(accumulate_rows(a, dw, scale))
+
+
 def plain_(
     w: Tensor,
     dw: Tensor,
-    m: Tensor | None,
+    first: Tensor | None,
+    second: Tensor | None,
+    c: Tensor | None,
     w_key: Tensor | None,
-    m_key: Tensor | None,
+    first_key: Tensor | None,
+    second_key: Tensor | None,
+    c_key: Tensor | None,
     d: Tensor,
     scale: float,
     lr: float,
     weight_decay: float,
-    momentum: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    error: float,
     *,
-    nesterov: bool,
+    form: Form,
 ) -> None:
-    """w, m <- one update with the gradient `scale dw`, rounded to their dtypes."""
-    work = torch.float64 if dw.dtype == torch.float64 else torch.float32
-    new_w, new_m = sgd(
-        w.to(work),
-        dw.to(work) * scale,
-        None if m is None else m.to(work),
-        lr=lr,
-        weight_decay=weight_decay,
-        momentum=momentum,
-        nesterov=nesterov,
-    )
-    w.copy_(_rounded(new_w, w.dtype, w_key, d))
-    if m is not None and new_m is not None:
-        m.copy_(_rounded(new_m, m.dtype, m_key, d))
+    """w, its state and its compensation <- one update with the gradient `scale dw`.
+
+    Each is rounded to its dtype. Adagrad's `first` is its sum a row [C, 1], read only.
+    """
+    work = torch.float64 if torch.float64 in (w.dtype, dw.dtype) else torch.float32
+    stored = tuple(s for s in (first, second) if s is not None)
+    fmt = format_of(w.dtype) if is_narrow(w.dtype) else None
+
+    def to_grid(v: Tensor) -> Tensor:
+        if fmt is None:
+            return v
+        if w_key is None:
+            return round_nearest(v, w.dtype).to(work)
+        return _on_grid(v.to(torch.float32), w_key, d, fmt).to(work)
+
+    new_w, state, new_c = advance(
+        form, w.to(work), dw.to(work) * scale, tuple(s.to(work) for s in stored),
+        None if c is None else c.to(work),
+        Rates(lr, weight_decay, beta1, beta2, eps, error), to_grid, fmt,
+    )  # fmt: skip
+    w.copy_(new_w.to(w.dtype))
+    for out, value, key in zip(stored, state, (first_key, second_key)):
+        out.copy_(_rounded(value, out.dtype, key, d))
+    if c is not None and new_c is not None:
+        c.copy_(_rounded(new_c, c.dtype, c_key, d))
 
 
 def lanes_(
     w: Tensor,
     decoded: Tensor | None,
     dw: Tensor,
-    m: Tensor | None,
-    w_key: Tensor,
-    m_key: Tensor | None,
+    first: Tensor | None,
+    second: Tensor | None,
+    c: Tensor | None,
+    w_key: Tensor | None,
+    first_key: Tensor | None,
+    second_key: Tensor | None,
+    c_key: Tensor | None,
     d: Tensor,
     scale: float,
     lr: float,
     weight_decay: float,
-    momentum: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    error: float,
     *,
-    nesterov: bool,
+    form: Form,
 ) -> None:
-    """`plain_` on words: w and m bf16 pairs, or w E4M3 quads with `decoded` and dw in halves."""
+    """`plain_` on words: all bf16 pairs, or w E4M3 quads with `decoded` and dw in halves."""
+    fmt = BF16 if decoded is None else E4M3
+    rates = Rates(lr, weight_decay, beta1, beta2, eps, error)
     if decoded is None:
         w_parts: tuple[Tensor, ...] = lanes.unpack_bf16(w)
         dw_parts: tuple[Tensor, ...] = lanes.unpack_bf16(dw)
     else:
         w_parts, dw_parts = _halves(decoded), _halves(dw)
-    m_parts = (None,) * len(w_parts) if m is None else lanes.unpack_bf16(m)
-    new_w, new_m = [], []
-    for j, (w_j, dw_j, m_j) in enumerate(zip(w_parts, dw_parts, m_parts)):
-        v, u = sgd(
-            w_j,
-            dw_j * scale,
-            m_j,
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            nesterov=nesterov,
-        )
-        new_w.append(_on_grid(v, w_key, d + j, BF16 if decoded is None else E4M3))
-        if u is not None and m_key is not None:
-            new_m.append(_on_grid(u, m_key, d + j, BF16))
+    stored = [s for s in (first, second) if s is not None]
+    row_wise = form.rule == "adagrad"
+    state_parts = [(s,) * 4 if row_wise else lanes.unpack_bf16(s) for s in stored]
+    c_parts = None if c is None else lanes.unpack_bf16(c)
+    new_w: list[Tensor] = []
+    new_state: list[list[Tensor]] = [[] for _ in stored]
+    new_c: list[Tensor] = []
+    for j, (w_j, dw_j) in enumerate(zip(w_parts, dw_parts)):
+
+        def to_grid(v: Tensor, column: Tensor = d + j) -> Tensor:
+            if w_key is None:
+                return lanes.nearest_bf16(v)
+            return _on_grid(v, w_key, column, fmt)
+
+        v, state, e = advance(
+            form, w_j, dw_j * scale, tuple(parts[j] for parts in state_parts),
+            None if c_parts is None else c_parts[j], rates, to_grid, fmt,
+        )  # fmt: skip
+        new_w.append(v)
+        for into, value, key in zip(new_state, state, (first_key, second_key)):
+            into.append(_on_grid(value, key, d + j, BF16))  # type: ignore[arg-type]
+        if e is not None:
+            new_c.append(_on_grid(e, c_key, d + j, BF16))  # type: ignore[arg-type]
     if decoded is None:
-        w.copy_(lanes.pack_bf16(*(v.view(torch.int32) for v in new_w)))
+        w.copy_(_pack(new_w))
     else:
         w.copy_(lanes.pack_bytes([lanes.e4m3_byte(v) for v in new_w]))
-    if m is not None:
-        m.copy_(lanes.pack_bf16(*(v.view(torch.int32) for v in new_m)))
+    for out, parts in zip(stored, new_state):
+        if parts:
+            out.copy_(_pack(parts))
+    if c is not None:
+        c.copy_(_pack(new_c))
+
+
+def _pack(parts: list[Tensor]) -> Tensor:
+    """bf16 words of float32 values on bf16's grid."""
+    even, odd = (v.view(torch.int32) for v in parts)
+    return lanes.pack_bf16(even, odd)
 
 
 def _halves(words: Tensor) -> tuple[Tensor, ...]:

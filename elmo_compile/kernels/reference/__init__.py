@@ -14,7 +14,7 @@ from elmo_compile.numerics import losses, philox
 from elmo_compile.numerics.formats import format_of, is_narrow
 from elmo_compile.numerics.losses import CE, Positives
 from elmo_compile.numerics.rounding import round_nearest, round_stochastic_bits
-from elmo_compile.numerics.update import Update, sgd
+from elmo_compile.numerics.update import STATE_STREAMS, Update, accumulate_rows, advance
 
 
 @torch.no_grad()
@@ -41,14 +41,21 @@ def backward(
     need_dx: bool = True,
     need_dw: bool = True,
     need_db: bool = True,
+    need_value: bool = False,
+    need_norm: bool = False,
 ) -> Gradients:
     """`dx = scale_n g w`, `dw = (scale g)^T x`, `db = sum_n scale g` with `g = dloss_n/dz_nl`."""
     g_NL = scale_N.to(_arithmetic(p))[:, None] * _logit_gradient(p, stats_2N)
-    dw_LD = g_NL.t() @ _features(p) if need_dw else None
-    if dw_LD is not None and p.w_LD.dtype != torch.float8_e4m3fn and not p.wide_dw:
+    dw_LD = g_NL.t() @ _features(p)
+    norm2 = dw_LD.double().square().sum() if need_norm else None
+    if p.w_LD.dtype != torch.float8_e4m3fn and not p.wide_dw:
         dw_LD = dw_LD.to(p.w_LD.dtype)
     return Gradients(
-        g_NL @ _weight(p) if need_dx else None, dw_LD, g_NL.sum(0) if need_db else None
+        g_NL @ _weight(p) if need_dx else None,
+        dw_LD if need_dw else None,
+        g_NL.sum(0) if need_db else None,
+        forward(p).rows_N if need_value else None,
+        norm2,
     )
 
 
@@ -63,48 +70,74 @@ def backward_update(
     need_db: bool = True,
     need_value: bool = False,
 ) -> UpdateResult:
-    """dx and db from the weight as it was; then weight and momentum are updated in place."""
+    """dx and db from the weight as it was; then weight and state are updated in place."""
     rows_N = forward(p).rows_N if need_value else None
     g_NL = scale_N.to(_arithmetic(p))[:, None] * _logit_gradient(p, stats_2N)
     dx_ND = g_NL @ _weight(p) if need_dx else None
     db_L = g_NL.sum(0) if need_db else None
     work = _arithmetic(p)
-    m_LD = None if update.buffer is None else update.buffer.to(work)
-    w_LD, m_LD = sgd(
-        p.w_LD.to(work),
-        g_NL.t() @ _features(p),
-        m_LD,
-        lr=update.lr,
-        weight_decay=update.weight_decay,
-        momentum=update.momentum,
-        nesterov=update.nesterov,
-    )
-    stochastic = update.rounding == "stochastic"
-    _store(p.w_LD, w_LD, update, philox.WEIGHT if stochastic else None)
-    if update.buffer is not None and m_LD is not None:
-        # A narrow momentum is rounded stochastically whatever the weight does: with rounding to
-        # nearest it would never decay.
-        _store(update.buffer, m_LD, update, philox.MOMENTUM)
+    apply_update(p.w_LD, g_NL.t() @ _features(p), update, work)
     return UpdateResult(dx_ND, db_L, rows_N)
 
 
-def _store(stored_LD: Tensor, value_LD: Tensor, update: Update, stream: int | None) -> None:
-    """Write values into their storage dtype: stochastically on a stream, or to nearest."""
-    if not is_narrow(stored_LD.dtype):
-        stored_LD.copy_(value_LD)
-        return
+@torch.no_grad()
+def apply_update(
+    w_LD: Tensor, grad_LD: Tensor, update: Update, work: torch.dtype = torch.float32
+) -> None:
+    """Update a weight, its state and its compensation in place from a whole gradient."""
+    if update.row_wise:
+        update.state[0].copy_(accumulate_rows(update.state[0], grad_LD))
+    compensated_L = torch.zeros(w_LD.shape[0], dtype=torch.bool, device=w_LD.device)
+    c_LD = torch.zeros(w_LD.shape, dtype=work, device=w_LD.device)
+    rows_H = torch.arange(w_LD.shape[0]) if update.kahan_rows is None else update.kahan_rows
+    if update.compensation is not None:
+        compensated_L[rows_H] = True
+        c_LD[rows_H] = update.compensation.to(work)
+    plain = _advanced(w_LD, grad_LD, None, update, work)
+    kahan = _advanced(w_LD, grad_LD, c_LD, update, work)
+    for out, value, stream in zip(update.moments, plain[1], STATE_STREAMS):
+        # A narrow state is rounded stochastically whatever the weight does: with rounding to
+        # nearest it would never decay.
+        out.copy_(_rounded(value, out.dtype, update, stream))
+    if update.compensation is not None and kahan[2] is not None:
+        c = _rounded(kahan[2], update.compensation.dtype, update, philox.COMPENSATION)
+        update.compensation.copy_(c[rows_H] if c.element_size() > 1 else _take(c, rows_H))
+    new = torch.where(compensated_L[:, None], kahan[0].to(work), plain[0].to(work))
+    w_LD.copy_(new.to(w_LD.dtype))
+
+
+def _take(t: Tensor, rows: Tensor) -> Tensor:
+    """Rows of an fp8 tensor."""
+    return t.view(torch.uint8)[rows].view(t.dtype)
+
+
+def _advanced(
+    w_LD: Tensor, grad_LD: Tensor, c_LD: Tensor | None, update: Update, work: torch.dtype
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """`numerics.update.advance` on the whole weight, compensated or not."""
+    stream = philox.WEIGHT if update.rounding == "stochastic" and c_LD is None else None
+    state = tuple(s.to(work) for s in update.moments)
+    if update.row_wise:
+        state = (update.state[0].to(work)[:, None],)
+    return advance(
+        update.form, w_LD.to(work), grad_LD, state, c_LD, update.rates,
+        lambda v: _rounded(v, w_LD.dtype, update, stream).to(work),
+        format_of(w_LD.dtype) if is_narrow(w_LD.dtype) else None,
+    )  # fmt: skip
+
+
+def _rounded(value_LD: Tensor, dtype: torch.dtype, update: Update, stream: int | None) -> Tensor:
+    """Values in a storage dtype: stochastically on a stream, or to nearest."""
+    if not is_narrow(dtype):
+        return value_LD.to(dtype)
     if stream is None:
-        stored_LD.copy_(round_nearest(value_LD, stored_LD.dtype))
-        return
-    first = update.row_offset
-    row_L = torch.arange(first, first + stored_LD.shape[0], device=stored_LD.device)
+        return round_nearest(value_LD, dtype)
+    first, device = update.row_offset, value_LD.device
+    row_L = torch.arange(first, first + value_LD.shape[0], device=device)
     key_L = philox.row_keys(update.seed, update.param_id, update.step, stream, row_L)
-    d_D = torch.arange(stored_LD.shape[1], dtype=torch.int32, device=stored_LD.device)
+    d_D = torch.arange(value_LD.shape[1], dtype=torch.int32, device=device)
     words_LD = philox.element_words(key_L, d_D)
-    on_grid = round_stochastic_bits(
-        value_LD.to(torch.float32), words_LD, format_of(stored_LD.dtype)
-    )
-    stored_LD.copy_(on_grid.to(stored_LD.dtype))
+    return round_stochastic_bits(value_LD.to(torch.float32), words_LD, format_of(dtype)).to(dtype)
 
 
 def _arithmetic(p: HeadProblem) -> torch.dtype:

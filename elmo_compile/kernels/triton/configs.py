@@ -46,6 +46,11 @@ class Tiles:
     weights: Tile
     """Outputs x features, over rows of the batch."""
 
+    @property
+    def weights_with_state(self) -> Tile:
+        """The same, where a second moment or a compensation takes registers too."""
+        return self.weights._replace(rows=max(16, self.weights.rows // 2))
+
 
 _SMALL = Tiles(
     logits=Tile(16, 32, 32, 1, 1),

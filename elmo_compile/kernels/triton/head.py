@@ -38,12 +38,14 @@ def backward(
     need_dx: bool = True,
     need_dw: bool = True,
     need_db: bool = True,
+    need_value: bool = False,
+    need_norm: bool = False,
 ) -> Gradients:
     """Gradients of `sum_n scale_n loss_n`, chunk by chunk.
 
     Args:
         p: the call. stats_2N: as `forward` gave it. scale_N: float32 [N], any strides.
-        need_dx, need_dw, need_db: what to compute; the rest is None.
+        need_dx, need_dw, need_db, need_value, need_norm: what to compute; the rest is None.
     """
     with torch.cuda.device_of(p.x_ND):
         c = prepare(p)
@@ -51,12 +53,18 @@ def backward(
         dtype = torch.float32 if wide else p.w_LD.dtype
         dw_LD = torch.empty_like(p.w_LD, dtype=dtype) if need_dw else None
 
+        last: list[WeightGradient] = []
+
         def consume(g_NL: Tensor, product: WeightGradient, start: int, stop: int) -> None:
             if dw_LD is not None:
                 product.store(g_NL, dw_LD[start:stop])
+            if need_norm:
+                product.add_norm(g_NL, stop - start)
+                last[:] = [product]
 
-        dx_ND, db_L, _ = _walk(c, stats_2N, scale_N, need_dx, need_db, False, consume)
-        return Gradients(dx_ND, dw_LD, db_L)
+        made = _walk(c, stats_2N, scale_N, need_dx, need_db, need_value, consume)
+        dx_ND, db_L, rows_N = made
+        return Gradients(dx_ND, dw_LD, db_L, rows_N, last[0].norm2() if last else None)
 
 
 @torch.no_grad()

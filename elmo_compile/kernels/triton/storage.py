@@ -15,6 +15,8 @@ _NAN = tl.constexpr(0x7FC00000)
 _BF16_MAX = tl.constexpr(0x7F7F0000)
 _E4M3_MAX = tl.constexpr(0x43E00000)
 _E4M3_MIN_NORMAL = tl.constexpr(0x3C800000)
+_E5M2_MAX = tl.constexpr(0x47600000)
+_E5M2_MIN_NORMAL = tl.constexpr(0x38800000)
 
 
 @triton.jit
@@ -138,15 +140,33 @@ def to_e4m3_nearest(v):
 
 
 @triton.jit
-def store_rounded(ptr, offsets, v, word, mask, STOCHASTIC: tl.constexpr):
-    """Store float32 values in a tensor's own type: one rounding, by `word` where STOCHASTIC."""
-    if ptr.dtype.element_ty == tl.uint8:
-        tl.store(
-            ptr + offsets, to_e4m3_stochastic(v, word) if STOCHASTIC else to_e4m3_nearest(v), mask
-        )
-    elif ptr.dtype.element_ty == tl.bfloat16:
-        tl.store(
-            ptr + offsets, to_bf16_stochastic(v, word) if STOCHASTIC else to_bf16_nearest(v), mask
-        )
+def to_e5m2_stochastic(v, word):
+    """Round float32 to E5M2 bytes stochastically with the low 21 bits of a random word.
+
+    As `to_e4m3_stochastic`, with subnormals below 2^-14.
+    """
+    magnitude, sign = _magnitude(v)
+    a = tl.minimum(magnitude, _E5M2_MAX)
+    small = a < _E5M2_MIN_NORMAL
+    shifted = (a.to(tl.float32, bitcast=True) + 6.103515625e-05).to(tl.uint32, bitcast=True)
+    q = (tl.where(small, shifted, a) + (word & 0x1FFFFF)) >> 21
+    byte = q - tl.where(small, 452, 448).to(tl.uint32)
+    byte = tl.where(magnitude > _INF, 0x7F, byte | (sign >> 24))
+    return byte.to(tl.uint8)
+
+
+@triton.jit
+def widen_e5m2(v):
+    """E5M2 bytes as float32: an E5M2 number is the upper half of a float16 one."""
+    return (v.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def rounded(v, word, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """float32 values in a storage type (E4M3 as bytes): one rounding, by `word` if STOCHASTIC."""
+    if TYPE == tl.uint8:
+        return to_e4m3_stochastic(v, word) if STOCHASTIC else to_e4m3_nearest(v)
+    elif TYPE == tl.bfloat16:
+        return to_bf16_stochastic(v, word) if STOCHASTIC else to_bf16_nearest(v)
     else:
-        tl.store(ptr + offsets, v.to(ptr.dtype.element_ty), mask)
+        return v.to(TYPE)

@@ -5,18 +5,30 @@ weight: gradient product in float32 registers, update in float32 on the loaded v
 at the store, whose random bits depend only on seed, parameter, step and element.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from elmo_compile.kernels.factor import GramFactor
 from elmo_compile.kernels.triton.device_math import ceil_div, tile_sum
 from elmo_compile.kernels.triton.launch import Call
 from elmo_compile.kernels.triton.product import product
 from elmo_compile.kernels.triton.random_bits import element_words, row_keys
-from elmo_compile.kernels.triton.storage import narrow, store_rounded, widen
-from elmo_compile.numerics.philox import MOMENTUM, WEIGHT, counter_words
-from elmo_compile.numerics.update import Update
+from elmo_compile.kernels.triton.rules import (
+    compensate,
+    direction,
+    loaded_compensation,
+    stored_compensation,
+    stored_state,
+    with_error,
+)
+from elmo_compile.kernels.triton.storage import narrow, rounded, widen
+from elmo_compile.numerics.formats import format_of, is_narrow
+from elmo_compile.numerics.philox import COMPENSATION, WEIGHT, counter_words
+from elmo_compile.numerics.update import STATE_STREAMS, Update, half_step_at_largest
 
 
 @triton.jit
@@ -84,13 +96,21 @@ def _dw_kernel(
     tl.store(base + outputs[:, None] * D + columns[None, :], value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_row", "seed", "param", "word2", "word3", "momentum_word3"])
+@triton.jit(
+    do_not_specialize=[
+        "first_row", "seed", "param", "word2", "word3", "first_word3", "second_word3", "c_word3",
+    ]
+)  # fmt: skip
 def _update_kernel(
     g_ptr,
     x_ptr,
     unit_ptr,
     w_ptr,
-    m_ptr,
+    first_ptr,
+    second_ptr,
+    sum_ptr,
+    c_ptr,
+    slot_ptr,
     guard_ptr,
     N,
     D,
@@ -98,16 +118,27 @@ def _update_kernel(
     g_stride,
     lr,
     weight_decay,
-    momentum,
+    beta1,
+    beta2,
+    rest1,
+    rest2,
+    eps,
+    error,
     first_row: tl.int64,
     seed: tl.int32,
     param: tl.int32,
     word2: tl.int32,
     word3: tl.int32,
-    momentum_word3: tl.int32,
-    DECAY: tl.constexpr,
+    first_word3: tl.int32,
+    second_word3: tl.int32,
+    c_word3: tl.int32,
+    RULE: tl.constexpr,
     NESTEROV: tl.constexpr,
+    ECO: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    E5M2: tl.constexpr,
+    LARGEST: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -116,7 +147,10 @@ def _update_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """SGD on a tile of w (and its momentum m); nothing is written where guard is not zero."""
+    """One update of a tile of w and its state; nothing is written where guard is not zero.
+
+    slot_ptr: None if every row is compensated, or for each row its place in c, negative for none.
+    """
     blocks_d = ceil_div(D, BLOCK_D)
     l0 = (tl.program_id(0) // blocks_d) * BLOCK_L
     d0 = (tl.program_id(0) % blocks_d) * BLOCK_D
@@ -124,27 +158,64 @@ def _update_kernel(
         g_ptr, x_ptr, l0, d0, N, D, L, g_stride,
         BLOCK_L, BLOCK_D, BLOCK_K, EVEN_D, EVEN_K, COMPUTE, PRECISION,
     )  # fmt: skip
-    step = grad * tl.load(unit_ptr)
+    grad = grad * tl.load(unit_ptr)
 
     outputs = tl.arange(0, BLOCK_L)
     columns = tl.arange(0, BLOCK_D)
     base = l0.to(tl.int64) * D + d0
     offsets = outputs[:, None] * D + columns[None, :]
-    mask = (outputs < L - l0)[:, None] & (columns < D - d0)[None, :]
+    row_mask = outputs < L - l0
+    mask = row_mask[:, None] & (columns < D - d0)[None, :]
     if guard_ptr is not None:
         mask = mask & (tl.load(guard_ptr) == 0)
-    w = widen(tl.load(w_ptr + base + offsets, mask=mask, other=0))
     rows = first_row.to(tl.int64) + l0 + outputs
-    if DECAY:
-        step += weight_decay * w
-    if m_ptr is not None:
-        m = momentum * widen(tl.load(m_ptr + base + offsets, mask=mask, other=0)) + step
-        keys = row_keys(rows, seed, param, word2, momentum_word3)
-        store_rounded(m_ptr + base, offsets, m, element_words(keys, d0 + columns), mask, True)
-        step = step + momentum * m if NESTEROV else m
-    keys = row_keys(rows, seed, param, word2, word3)
-    words = element_words(keys, d0 + columns)
-    store_rounded(w_ptr + base, offsets, w - lr * step, words, mask, STOCHASTIC)
+    w = widen(tl.load(w_ptr + base + offsets, mask=mask, other=0))
+    m = w
+    v = w
+    a = w
+    if first_ptr is not None:
+        m = widen(tl.load(first_ptr + base + offsets, mask=mask, other=0))
+    if second_ptr is not None:
+        v = widen(tl.load(second_ptr + base + offsets, mask=mask, other=0))
+    if sum_ptr is not None:
+        a = tl.load(sum_ptr + l0 + outputs, mask=row_mask, other=1.0)[:, None]
+    u, m, v = direction(
+        w, grad, m, v, a, lr, weight_decay, beta1, beta2, rest1, rest2, eps,
+        RULE, first_ptr is not None, NESTEROV,
+    )  # fmt: skip
+    words = element_words(row_keys(rows, seed, param, word2, word3), d0 + columns)
+    TYPE: tl.constexpr = w_ptr.dtype.element_ty
+    if c_ptr is None:
+        new = rounded(w + u, words, TYPE, STOCHASTIC)
+    else:
+        c_words = element_words(row_keys(rows, seed, param, word2, c_word3), d0 + columns)
+        if slot_ptr is None:
+            s = u + loaded_compensation(tl.load(c_ptr + base + offsets, mask=mask, other=0), E5M2)
+            new = rounded(w + s, words, TYPE, False)
+            c = compensate(w, s, widen(new), LARGEST, HALF)
+            tl.store(c_ptr + base + offsets, stored_compensation(c, c_words, E5M2), mask)
+        else:
+            slot = tl.load(slot_ptr + l0 + outputs, mask=row_mask, other=-1).to(tl.int64)
+            kept = (slot >= 0)[:, None] & mask
+            places = slot[:, None] * D + (d0 + columns)[None, :]
+            s = u + loaded_compensation(tl.load(c_ptr + places, mask=kept, other=0), E5M2)
+            exact = rounded(w + s, words, TYPE, False)
+            c = compensate(w, s, widen(exact), LARGEST, HALF)
+            tl.store(c_ptr + places, stored_compensation(c, c_words, E5M2), kept)
+            new = tl.where(kept, exact, rounded(w + u, words, TYPE, STOCHASTIC))
+    tl.store(w_ptr + base + offsets, new, mask)
+    if first_ptr is not None:
+        if ECO:
+            m = with_error(m, v, error, (w + u) - widen(new), eps, RULE)
+        words = element_words(row_keys(rows, seed, param, word2, first_word3), d0 + columns)
+        tl.store(
+            first_ptr + base + offsets, stored_state(m, words, first_ptr.dtype.element_ty), mask
+        )
+    if second_ptr is not None:
+        words = element_words(row_keys(rows, seed, param, word2, second_word3), d0 + columns)
+        tl.store(
+            second_ptr + base + offsets, stored_state(v, words, second_ptr.dtype.element_ty), mask
+        )
 
 
 @triton.jit
@@ -178,10 +249,15 @@ class WeightGradient:
         unit = torch.where(largest == 0, 1.0, largest)
         self._unit = unit / c.gradient_scale
         relative_N = scale_N / unit
+        self._slots: Tensor | None = None
+        self._factor: GramFactor | None = None
+        self._norm2: Tensor | None = None
         self._x_ND = (c.problem.x_ND.float() * relative_N[:, None]).to(c.x_ND.dtype).contiguous()
 
-    def _launch(self, L: int, g_NL: Tensor) -> tuple[int, dict]:
+    def _launch(self, L: int, g_NL: Tensor, update: Update | None = None) -> tuple[int, dict]:
         c, tile = self._call, self._call.tiles.weights
+        if update is not None and (len(update.moments) > 1 or update.compensation is not None):
+            tile = c.tiles.weights_with_state
         N, D, _ = c.shape
         grid = -(-L // tile.rows) * -(-D // tile.columns)
         return grid, {
@@ -207,31 +283,89 @@ class WeightGradient:
     def update(
         self, g_NL: Tensor, start: int, stop: int, update: Update, guard: Tensor | None
     ) -> None:
-        """Update the weight (and momentum) of outputs [start, stop) in place."""
-        grid, arguments = self._launch(stop - start, g_NL)
-        weight = counter_words(update.seed, update.param_id, update.step, WEIGHT)
-        state = counter_words(update.seed, update.param_id, update.step, MOMENTUM)
+        """Update the weight and state of outputs [start, stop) in place."""
+        grid, arguments = self._launch(stop - start, g_NL, update)
+        if update.row_wise:
+            self._accumulate_rows(g_NL, start, stop, update, guard)
+        words = [
+            counter_words(update.seed, update.param_id, update.step, stream)
+            for stream in (WEIGHT, *STATE_STREAMS, COMPENSATION)
+        ]
+        first, second = (*(s[start:stop] for s in update.moments), None, None)[:2]
+        c, slots = self._compensation(update, start, stop)
+        w_LD = self._call.problem.w_LD
+        narrow_format = format_of(w_LD.dtype) if is_narrow(w_LD.dtype) else None
         _update_kernel[(grid,)](
             g_NL,
             self._x_ND,
             self._unit,
             self._call.w_LD[start:stop],
-            None if update.buffer is None else update.buffer[start:stop],
+            first,
+            second,
+            update.state[0][start:stop] if update.row_wise else None,
+            c,
+            slots,
             guard,
-            lr=float(update.lr),
-            weight_decay=float(update.weight_decay),
-            momentum=float(update.momentum),
+            **{name: float(value) for name, value in update.rates._asdict().items()},
+            rest1=1.0 - update.beta1,
+            rest2=1.0 - update.beta2,
             first_row=update.row_offset + start,
-            seed=_signed(weight.seed),
-            param=_signed(weight.param_id),
-            word2=_signed(weight.step_lo),
-            word3=_signed(weight.stream_step_hi),
-            momentum_word3=_signed(state.stream_step_hi),
-            DECAY=update.weight_decay != 0,
+            seed=_signed(words[0].seed),
+            param=_signed(words[0].param_id),
+            word2=_signed(words[0].step_lo),
+            word3=_signed(words[0].stream_step_hi),
+            first_word3=_signed(words[1].stream_step_hi),
+            second_word3=_signed(words[2].stream_step_hi),
+            c_word3=_signed(words[3].stream_step_hi),
+            RULE=update.rule,
             NESTEROV=update.nesterov,
+            ECO=update.eco,
             STOCHASTIC=update.rounding == "stochastic",
+            E5M2=c is not None and update.compensation.dtype == torch.float8_e5m2,
+            LARGEST=narrow_format.max if narrow_format else math.inf,
+            HALF=half_step_at_largest(narrow_format) if narrow_format else math.inf,
             **arguments,
         )
+
+    def _compensation(
+        self, update: Update, start: int, stop: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(compensation as the kernel takes it, place of each of the chunk's rows in it)."""
+        c = update.compensation
+        if c is None:
+            return None, None
+        if c.dtype == torch.float8_e5m2:
+            c = c.view(torch.uint8)
+        if update.kahan_rows is None:
+            return c[start:stop], None
+        if self._slots is None:
+            self._slots = slots_of(update.kahan_rows, self._call.w_LD.shape[0])
+        return c, self._slots[start:stop]
+
+    def _accumulate_rows(
+        self, g_NL: Tensor, start: int, stop: int, update: Update, guard: Tensor | None
+    ) -> None:
+        """Row-wise Adagrad's sums: a tile does not own all of D, so from `sum_n g (y y^T g)`."""
+        squares_L = self._squares(g_NL, stop - start)
+        squares_L *= self._unit.double().square() / self._x_ND.shape[1]
+        if guard is not None:
+            squares_L = torch.where(guard == 0, squares_L, 0.0)
+        update.state[0][start:stop] += squares_L.to(update.state[0].dtype)
+
+    def add_norm(self, g_NL: Tensor, L: int) -> None:
+        """Add a chunk to the squared norm of dw."""
+        found = self._squares(g_NL, L).sum()
+        self._norm2 = found if self._norm2 is None else self._norm2 + found
+
+    def _squares(self, g_NL: Tensor, L: int) -> Tensor:
+        """float64 [L]: the sum of the squares of each row of dw / unit."""
+        if self._factor is None:
+            self._factor = GramFactor(self._x_ND)
+        return self._factor.row_squares(g_NL[:, :L].t())
+
+    def norm2(self) -> Tensor | None:
+        """The squared norm of dw, float64, over the chunks that were added."""
+        return None if self._norm2 is None else self._norm2 * self._unit.double().square()
 
     def bias(self, g_NL: Tensor, db_L: Tensor) -> None:
         """db of a chunk into its entries of the result."""
@@ -249,6 +383,13 @@ class WeightGradient:
             BLOCK_N=block_n,
             num_warps=4,
         )
+
+
+def slots_of(rows_H: Tensor, num_rows: int) -> Tensor:
+    """int32 [L]: where each row stands among `rows_H`, -1 if it does not."""
+    slots = torch.full((num_rows,), -1, dtype=torch.int32, device=rows_H.device)
+    slots[rows_H] = torch.arange(rows_H.numel(), dtype=torch.int32, device=rows_H.device)
+    return slots
 
 
 def _signed(word: int) -> int:

@@ -14,6 +14,7 @@ from elmo_compile.numerics.losses import Positives
 from elmo_compile.numerics.update import Update
 from elmo_compile.testing.budget import assert_within_budget
 from kernels.head_cases import FP8, TorchResult, exact, in_torch, problem
+from kernels.updates import tensors, with_copies
 
 PRECISIONS = {
     "fp32": (torch.float32, torch.float32),
@@ -96,15 +97,11 @@ def exact_update_problem(precision: str, chunk: int, *, num_rows: int = 6) -> He
     return dataclasses.replace(p, x_ND=x_ND, w_LD=w_LD)
 
 
-def updated_by_reference(
-    p: HeadProblem, scale_N: Tensor, update: Update
-) -> tuple[Tensor, Tensor | None]:
-    """(weight, momentum) after the update by the specification."""
-    buffer = None if update.buffer is None else update.buffer.cpu().clone()
-    q = moved(p, "cpu")
-    update = dataclasses.replace(update, buffer=buffer)
+def updated_by_reference(p: HeadProblem, scale_N: Tensor, update: Update) -> dict[str, Tensor]:
+    """The weight and the state after the update by the specification."""
+    update, q = with_copies(update), moved(p, "cpu")
     reference.backward_update(q, torch.empty(0), scale_N, update)
-    return q.w_LD, buffer
+    return {"weight": q.w_LD, **tensors(update)}
 
 
 def bits(t: Tensor) -> Tensor:

@@ -23,20 +23,27 @@ PRODUCTS = {"_bce_rows_kernel", "_ce_rows_kernel", "_gradient_kernel", "_feature
     "_update_kernel",
     "_keys_kernel",
 }
+ALL = tuple(SHARED_LIMIT)
 CASES = [
-    # chip, targets, stored, compute, momentum, N, D; then whether it is one of the quick ones
-    (90, "pairs", "fp8", "bf16", "none", 128, 768, True),
-    (90, "classes", "bf16", "bf16", "bf16", 128, 768, True),
-    (80, "pairs", "fp8", "bf16", "bf16", 128, 768, True),
-    (89, "pairs", "fp8", "bf16", "none", 128, 768, True),
-    (100, "classes", "fp8", "bf16", "none", 128, 768, True),
-    *((chip, "pairs", "fp8", "bf16", "bf16", 128, 768, False) for chip in (89, 90, 100)),
-    *((chip, "classes", "bf16", "bf16", "fp32", 2048, 1024, False) for chip in SHARED_LIMIT),
-    *((chip, "dense", "fp16", "fp16", "none", 128, 768, False) for chip in SHARED_LIMIT),
-    *((chip, "values", "bf16", "bf16", "none", 128, 768, False) for chip in SHARED_LIMIT),
-    *((chip, "pairs", "fp32", "fp32", "fp32", 128, 768, False) for chip in SHARED_LIMIT),
+    # chip, targets, stored, compute, update, N, D; then whether it is one of the quick ones
+    (90, "pairs", "fp8", "bf16", "sgd", 128, 768, True),
+    (90, "classes", "bf16", "bf16", "adamw kahan", 128, 768, True),
+    (80, "pairs", "fp8", "bf16", "adamw kahan", 128, 768, True),
+    (89, "pairs", "fp8", "bf16", "sgd", 128, 768, True),
+    (100, "classes", "fp8", "bf16", "sgd", 128, 768, True),
+    *((chip, "pairs", "fp8", "bf16", "kahan rows", 128, 768, False) for chip in (89, 90, 100)),
+    *(
+        (chip, "classes", "bf16", "bf16", "adamw float32", 2048, 1024, False)
+        for chip in SHARED_LIMIT
+    ),
+    *((chip, "dense", "fp16", "fp16", "sgd", 128, 768, False) for chip in ALL),
+    *((chip, "values", "bf16", "bf16", "sgd", 128, 768, False) for chip in ALL),
+    *(
+        (chip, "pairs", "fp32", "fp32", "momentum float32", 128, 768, False)
+        for chip in SHARED_LIMIT
+    ),
     # Nothing a multiple of anything: masks everywhere; and a batch smaller than a tile.
-    *((chip, "pairs", "fp8", "bf16", "none", 37, 301, False) for chip in SHARED_LIMIT),
+    *((chip, "pairs", "fp8", "bf16", "sgd", 37, 301, False) for chip in ALL),
 ]
 
 
@@ -49,7 +56,7 @@ def compiled(*case: object) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("chip", "targets", "stored", "compute", "momentum", "rows", "features"),
+    ("chip", "targets", "stored", "compute", "update", "rows", "features"),
     [pytest.param(*c[:-1], marks=() if c[-1] else pytest.mark.slow) for c in CASES],
 )
 def test_kernels_fit_the_chip(
@@ -57,13 +64,15 @@ def test_kernels_fit_the_chip(
     targets: str,
     stored: str,
     compute: str,
-    momentum: str,
+    update: str,
     rows: int,
     features: int,
 ) -> None:
-    kernels = compiled(chip, targets, stored, compute, momentum, rows, features)
+    kernels = compiled(chip, targets, stored, compute, update, rows, features)
     missing = "_ce_rows_kernel" if targets != "classes" else "_bce_rows_kernel"
-    assert {k["name"] for k in kernels} == (PRODUCTS | {"_db_kernel"}) - {missing}
+    names = PRODUCTS | {"_db_kernel", "_parameters_kernel"}
+    not_there = {missing} | ({"_parameters_kernel"} if update == "kahan rows" else set())
+    assert {k["name"] for k in kernels} == names - not_there
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_LIMIT[chip], kernel
         assert kernel["spilled"] == 0, kernel

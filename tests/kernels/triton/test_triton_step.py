@@ -78,7 +78,7 @@ def test_any_strides_of_x_targets_and_scale(layout: str, device: str) -> None:
     assert torch.equal(family.forward(plain).rows_N, family.forward(other).rows_N)
     empty = x.new_empty(0)
     expected = family.backward(plain, empty, scale)
-    for a, b in zip(expected, family.backward(other, empty, strided[2])):
+    for a, b in zip(expected[:3], family.backward(other, empty, strided[2])[:3]):
         assert torch.equal(a, b)
 
 
@@ -154,7 +154,7 @@ def test_ignored_rows_have_neither_loss_nor_gradient(device: str) -> None:
     p = dataclasses.replace(p, target=torch.full_like(p.target, -100))
     first = family.forward(p)
     assert torch.equal(first.rows_N, torch.zeros(4, device=device))
-    for gradient in family.backward(p, first.stats_2N, torch.ones(4, device=device)):
+    for gradient in family.backward(p, first.stats_2N, torch.ones(4, device=device))[:3]:
         assert not gradient.any()
 
 
@@ -178,7 +178,7 @@ def test_unequal_and_zero_scales(device: str) -> None:
     p = moved(make("bce", "fp16", num_rows=4), device)
     empty = p.x_ND.new_empty(0)
     zero = family.backward(p, empty, torch.zeros(4, device=device))
-    assert all(not gradient.any() for gradient in zero)
+    assert all(not gradient.any() for gradient in zero[:3])
     # torch's mean over N L at 2.8 million outputs: far below what float16 holds.
     tiny = family.backward(p, empty, torch.full((4,), 2.0**-30, device=device))
     one = family.backward(p, empty, torch.ones(4, device=device))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import pytest
 import torch
 
+from elmo_compile.kernels import reference as family_reference
 from elmo_compile.kernels import triton as family
 from elmo_compile.numerics.update import Update
 from kernels.triton.cases import (
@@ -19,41 +19,28 @@ from kernels.triton.cases import (
     scale_of,
     updated_by_reference,
 )
+from kernels.updates import UPDATES, tensors, with_copies
 
 PLAIN = Update(lr=205 / 2**14, seed=3, param_id=2**32 - 1, step=5)
 """A rate of few bits, so that its products are exact, and off the grids of bf16 and fp8."""
 
 
-def momentum_update(dtype: torch.dtype, **options: object) -> Callable[[], Update]:
-    """A maker of updates with a buffer of their own, shaped for `exact_update_problem`."""
-
-    def build() -> Update:
-        buffer = torch.arange(101 * 37, dtype=torch.float32).remainder_(13).sub_(6).view(101, 37)
-        return dataclasses.replace(PLAIN, momentum=0.5, buffer=buffer.to(dtype), **options)
-
-    return build
+QUICK = {"fp8": set(UPDATES), "bf16": {"sgd", "nesterov, bf16", "kahan, adamw"}, "fp32": {"adamw"}}
+"""Of these every combination is run by default: bits of fp8 are the hardest."""
 
 
-UPDATES: dict[str, Callable[[], Update]] = {
-    "plain": lambda: PLAIN,
-    "nearest": lambda: dataclasses.replace(PLAIN, rounding="nearest"),
-    "decay": lambda: dataclasses.replace(PLAIN, weight_decay=0.125, step=2**40 + 1),
-    "momentum": momentum_update(torch.float32),
-    "nesterov, bf16 buffer": momentum_update(torch.bfloat16, nesterov=True),
-    "a shard far down": lambda: dataclasses.replace(PLAIN, row_offset=2**32 - 40),
-}
-QUICK = {"fp8": set(UPDATES), "bf16": {"plain", "nesterov, bf16 buffer"}, "fp32": {"momentum"}}
+def made(name: str) -> Update:
+    """An update for the weight of `exact_update_problem`."""
+    return dataclasses.replace(UPDATES[name](101, 37), seed=3, param_id=2**32 - 1)
 
 
-def run(precision: str, update: Update, chunk: int, device: str) -> tuple[torch.Tensor, ...]:
-    """Bits of (weight, momentum) after one update of the exact problem."""
+def run(precision: str, update: Update, chunk: int, device: str) -> dict[str, torch.Tensor]:
+    """The weight and the state after one update of the exact problem."""
     p = exact_update_problem(precision, chunk)
-    buffer = None if update.buffer is None else update.buffer.clone().to(device)
     scale_N = torch.full((p.x_ND.shape[0],), 0.5, device=device)
-    q = moved(p, device)
-    update = dataclasses.replace(update, buffer=buffer)
+    q, update = moved(p, device), with_copies(update, device)
     family.backward_update(q, torch.empty(0, device=device), scale_N, update)
-    return tuple(bits(t) for t in (q.w_LD, buffer) if t is not None)
+    return {"weight": q.w_LD, **tensors(update)}
 
 
 @pytest.mark.parametrize(
@@ -65,29 +52,39 @@ def run(precision: str, update: Update, chunk: int, device: str) -> tuple[torch.
     ],
 )
 def test_update_is_the_specification_s_bit_for_bit(precision: str, name: str, device: str) -> None:
+    """Every bit where no root is taken (torch's on a CPU is not correctly rounded), and no product
+    is contracted with a sum, as a GPU does; else all but few, those by a grid step."""
     p = exact_update_problem(precision, 40)
-    update = UPDATES[name]()
+    update = made(name)
     expected = updated_by_reference(p, torch.full((6,), 0.5), update)
     got = run(precision, update, 40, device)
-    assert not torch.equal(got[0], bits(p.w_LD))
-    for actual, wanted in zip(got, expected):
-        assert torch.equal(actual, bits(wanted))
+    assert not torch.equal(bits(got["weight"]), bits(p.w_LD))
+    rooted = update.rule in ("adamw", "adagrad")
+    exact = not rooted and (device == "cpu" or update.compensation is None)
+    for key, wanted in expected.items():
+        if exact:
+            assert torch.equal(bits(got[key]), bits(wanted)), key
+        elif wanted.dtype == torch.float32:
+            torch.testing.assert_close(got[key].cpu(), wanted)
+        else:
+            differ = bits(got[key]) != bits(wanted)
+            assert float(differ.float().mean()) <= 2e-3, key
 
 
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
 def test_same_bits_for_every_chunk(precision: str, device: str) -> None:
     whole = run(precision, PLAIN, 101, device)
     for chunk in (32, 13):
-        for a, b in zip(whole, run(precision, PLAIN, chunk, device)):
-            assert torch.equal(a, b)
+        other = run(precision, PLAIN, chunk, device)
+        assert torch.equal(bits(whole["weight"]), bits(other["weight"]))
 
 
 def test_new_bits_for_every_step_seed_and_parameter(device: str) -> None:
-    first = run("fp8", PLAIN, 101, device)[0]
-    assert torch.equal(first, run("fp8", PLAIN, 101, device)[0])
+    first = bits(run("fp8", PLAIN, 101, device)["weight"])
+    assert torch.equal(first, bits(run("fp8", PLAIN, 101, device)["weight"]))
     for change in ({"step": 6}, {"seed": 4}, {"param_id": 0}, {"row_offset": 1}):
-        other = run("fp8", dataclasses.replace(PLAIN, **change), 101, device)[0]
-        assert not torch.equal(first, other)
+        other = run("fp8", dataclasses.replace(PLAIN, **change), 101, device)["weight"]
+        assert not torch.equal(first, bits(other))
 
 
 @pytest.mark.parametrize("kind", ["bce", "ce"])
@@ -113,17 +110,33 @@ def test_dx_is_of_the_weight_as_it_was(device: str) -> None:
     assert got.rows_N is None
 
 
+@pytest.mark.parametrize("name", ["nesterov, bf16", "kahan rows, adamw, e5m2", "adagrad"])
 @pytest.mark.parametrize("raised", [0, 1, -7])
-def test_guard_forbids_every_write(raised: int, device: str) -> None:
+def test_guard_forbids_every_write(raised: int, name: str, device: str) -> None:
     p = moved(exact_update_problem("fp8", 40), device)
-    update = momentum_update(torch.bfloat16)()
-    update = dataclasses.replace(update, buffer=update.buffer.to(device))
-    before = p.w_LD.view(torch.uint8).clone(), update.buffer.clone()
+    update = with_copies(made(name), device)
+    written = {"weight": p.w_LD, **tensors(update)}
+    before = {key: bits(t).clone() for key, t in written.items()}
     guard = torch.tensor([raised], dtype=torch.int32, device=device)
     empty, scale = p.x_ND.new_empty(0), torch.ones(6, device=device)
     family.backward_update(p, empty, scale, update, guard=guard)
-    kept = torch.equal(p.w_LD.view(torch.uint8), before[0]), torch.equal(update.buffer, before[1])
-    assert kept == ((False, False) if raised == 0 else (True, True))
+    for key, t in written.items():
+        assert torch.equal(bits(t), before[key]) == (raised != 0), key
+
+
+@pytest.mark.parametrize("rows", [6, 30])
+@pytest.mark.parametrize("precision", ["fp8", "fp32"])
+def test_norm_is_that_of_dw(precision: str, rows: int, device: str) -> None:
+    """By the N x N factor of few rows and by x itself; also where the Gram form would cancel."""
+    p = make("bce", precision, num_rows=rows, num_features=37, num_outputs=101, chunk=40)
+    p = dataclasses.replace(p, x_ND=(1000 + p.x_ND.float()).to(p.x_ND.dtype))
+    scale, empty = scale_of(p), torch.empty(0)
+    truth = family_reference.backward(p, empty, scale, need_norm=True)
+    got = family.backward(
+        moved(p, device), empty.to(device), scale.to(device), need_dw=False, need_norm=True
+    )
+    assert got.dw_LD is None
+    torch.testing.assert_close(got.norm2.cpu(), truth.norm2, rtol=2e-3, atol=0)
 
 
 def test_nan_gradient_is_stored_as_the_canonical_nan(device: str) -> None:
@@ -146,9 +159,9 @@ def test_three_million_labels(precision: str, device: str) -> None:
     p = dataclasses.replace(p, x_ND=p.x_ND.sign(), w_LD=w[:last].cpu(), b_L=None)
     p = dataclasses.replace(p, target=torch.zeros(rows, last))
     scale = torch.full((rows,), 0.5)
-    expected, _ = updated_by_reference(
-        p, scale, dataclasses.replace(PLAIN, row_offset=labels - last)
-    )
+    expected = updated_by_reference(p, scale, dataclasses.replace(PLAIN, row_offset=labels - last))[
+        "weight"
+    ]
     for chunk in (65536, labels):
         big = torch.zeros(labels, features, dtype=torch.bfloat16, device=device).to(weight)
         zeros = torch.zeros(1, 1, device=device).expand(rows, labels)

@@ -1,0 +1,233 @@
+"""An update applied to a stored weight and its state, chunk of rows by chunk.
+
+The same for a head's chunks, whose gradient was just formed, and for a parameter whose gradient
+exists. Shapes: L rows, D columns, C rows of a chunk, H compensated rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from elmo_compile.kernels.aten import blockwise, steps
+from elmo_compile.kernels.aten.compiled import SMALL, piece
+from elmo_compile.kernels.aten.lanes import as_words, halves_order
+from elmo_compile.numerics import philox
+from elmo_compile.numerics.formats import is_narrow
+from elmo_compile.numerics.update import STATE_STREAMS, Update, accumulate_rows
+
+Layout = Literal["plain", "pairs", "quads"]
+"""`plain`: elements as they are. `pairs`: bf16 words of two, weight, gradient and state alike.
+`quads`: E4M3 words of four, with a decoded copy and a gradient in `halves_order`."""
+_KEY_ROWS = 1 << 16
+_BLOCK = 1 << 22
+"""Elements of a parameter updated at once."""
+
+
+def choose_layout(w_LD: Tensor, dw: torch.dtype, update: Update | None) -> Layout:
+    """The fastest layout that a weight, its gradient's dtype and its state allow."""
+    if dw != torch.bfloat16:
+        return "plain"
+    state: tuple[Tensor, ...] = () if update is None else update.moments
+    all_kahan = update is not None and update.compensates_all
+    if w_LD.dtype == torch.float8_e4m3fn and _whole_words(w_LD) and not state and not all_kahan:
+        return "quads" if update is None or update.rounding == "stochastic" else "plain"
+    if update is not None and update.compensation is not None and all_kahan:
+        state = (*state, update.compensation)
+    same = all(s.dtype == w_LD.dtype and _whole_words(s) for s in state)
+    narrow = update is None or update.rounding == "stochastic" or all_kahan
+    if w_LD.dtype == torch.bfloat16 and _whole_words(w_LD) and narrow and same:
+        return "pairs"
+    return "plain"
+
+
+class ChunkUpdate:
+    """One `Update` of one weight: `apply` it to a chunk of rows at a time."""
+
+    def __init__(
+        self, w_LD: Tensor, update: Update, layout: Layout, chunk: int, *, fast: bool
+    ) -> None:
+        self._w_LD, self._update, self._layout, self._fast = w_LD, update, layout, fast
+        per_word = {"plain": 1, "pairs": 2, "quads": 4}[layout]
+        self._columns = columns_of(w_LD, per_word)
+        self._plain_columns = self._columns if per_word == 1 else None
+        compensation = update.compensation
+        rounded = update.rounding == "stochastic" and not update.compensates_all
+        needed: list[tuple[int, Tensor | None]] = [
+            (philox.WEIGHT, w_LD if rounded else None),
+            *zip(STATE_STREAMS, (*update.moments, None, None)),
+            (philox.COMPENSATION, compensation),
+        ]
+        self._keys = [
+            RowKeys(update, stream, w_LD, chunk, fast)
+            if like is not None and is_narrow(like.dtype)
+            else None
+            for stream, like in needed
+        ]
+
+    def apply(
+        self, start: int, stop: int, dw: Tensor, scale: float, decoded: Tensor | None = None
+    ) -> None:
+        """Update rows [start, stop) with the gradient `scale dw`; `decoded` are their values."""
+        update, w = self._update, self._w_LD[start:stop]
+        keys = [key.of(start, stop) if key else None for key in self._keys]
+        if update.row_wise:
+            a = update.state[0][start:stop]
+            piece(steps.accumulate_rows_, self._fast)(a, dw, scale)
+            state: list[Any] = [a[:, None], None]
+        else:
+            held = [blockwise.load(s, start, stop) for s in update.moments]
+            state = [*held, None, None][:2]
+        if update.kahan_rows is not None:
+            run = self._compensated(start, stop, dw, scale, state, keys)
+        c = update.compensation[start:stop] if update.compensates_all else None  # type: ignore[index]
+        self._run(self._layout, w, decoded, dw, state, c, keys, scale)
+        if update.kahan_rows is not None:
+            run()
+        for stored, value in zip(update.moments, state):
+            blockwise.store(stored, start, stop, value)
+
+    def _run(
+        self,
+        layout: Layout,
+        w: Tensor,
+        decoded: Tensor | None,
+        dw: Tensor,
+        state: list[Any],
+        c: Tensor | None,
+        keys: list[Tensor | None],
+        scale: float,
+    ) -> None:
+        form, numbers = self._update.form, (scale, *self._update.rates)
+        if c is None:
+            keys = [*keys[:3], None]
+        if layout == "plain":
+            columns = self._plain_columns
+            if columns is None:
+                columns = self._plain_columns = columns_of(self._w_LD, 1)
+            run = piece(steps.plain_, self._fast, form=form)
+            run(w, dw, *state, c, *keys, columns, *numbers)
+            return
+        row_wise = self._update.row_wise
+        words = [s if s is None or row_wise else as_words(s) for s in state]
+        run = piece(steps.lanes_, self._fast, form=form)
+        run(
+            as_words(w), None if decoded is None else as_words(decoded), as_words(dw), *words,
+            None if c is None else as_words(c), *keys, self._columns, *numbers,
+        )  # fmt: skip
+
+    def _compensated(
+        self,
+        start: int,
+        stop: int,
+        dw: Tensor,
+        scale: float,
+        state: list[Any],
+        keys: list[Tensor | None],
+    ) -> Any:
+        """What updates the compensated rows of a chunk, from copies made before all are updated.
+
+        Their state is updated with all the others', to the same values.
+        """
+        update = self._update
+        rows_H, comp_HD = update.kahan_rows, update.compensation
+        assert rows_H is not None
+        assert comp_HD is not None
+        bounds = torch.tensor([start, stop], device=rows_H.device)
+        first, last = torch.searchsorted(rows_H, bounds).tolist()
+        if first == last:
+            return lambda: None
+        inside = rows_H[first:last] - start
+        stored = self._w_LD[start:stop]
+        raw = stored.view(torch.uint8) if stored.element_size() == 1 else stored
+        w = raw[inside].view(stored.dtype)
+        copies = [None if s is None else s[inside] for s in state]
+        own = [None, *(None if key is None else key[inside] for key in keys[1:])]
+        dw = dw[inside]
+        if self._layout == "quads":
+            dw = restore_columns(dw)
+
+        def run() -> None:
+            self._run("plain", w, None, dw, copies, comp_HD[first:last], own, scale)
+            raw[inside] = w.view(raw.dtype)
+
+        return run
+
+
+def update_rows(w_RD: Tensor, grad_RD: Tensor, update: Update) -> None:
+    """Update a contiguous matrix from a gradient that exists, block of rows by block."""
+    rows, columns = w_RD.shape
+    fast = w_RD.numel() >= SMALL and w_RD.device.type == "cpu"
+    block = max(1, min(rows, _BLOCK // max(1, columns)))
+    layout = choose_layout(w_RD, grad_RD.dtype, update)
+    if layout == "quads" or (layout == "pairs" and not _whole_words(grad_RD)):
+        layout = "plain"
+    run = ChunkUpdate(w_RD, update, layout, block, fast=fast)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for start in range(0, rows, block):
+            stop = min(start + block, rows)
+            run.apply(start, stop, grad_RD[start:stop], 1.0)
+
+
+def update_given_rows(w_RD: Tensor, rows_K: Tensor, grad_KD: Tensor, update: Update) -> None:
+    """Update some rows from a gradient of these rows alone: SGD without state, or Adagrad."""
+    with torch.no_grad():
+        work = torch.float64 if w_RD.dtype == torch.float64 else torch.float32
+        sum_K1: Tensor | None = None
+        if update.row_wise:
+            a_K = accumulate_rows(update.state[0][rows_K], grad_KD)
+            update.state[0][rows_K] = a_K
+            sum_K1 = a_K[:, None]
+        key_K = None
+        if is_narrow(w_RD.dtype) and update.rounding == "stochastic":
+            key_K = philox.row_keys(
+                update.seed, update.param_id, update.step, philox.WEIGHT,
+                rows_K + update.row_offset,
+            )  # fmt: skip
+        raw = w_RD.view(torch.uint8) if w_RD.element_size() == 1 else w_RD
+        w_KD = raw[rows_K].view(w_RD.dtype)
+        steps.plain_(
+            w_KD, grad_KD.to(work), sum_K1, None, None, key_K, None, None, None,
+            columns_of(w_RD, 1), 1.0, *update.rates, form=update.form,
+        )  # fmt: skip
+        raw[rows_K] = w_KD.view(raw.dtype)
+
+
+class RowKeys:
+    """Row keys of one stream, computed some 2^16 rows at a time."""
+
+    def __init__(self, update: Update, stream: int, w_LD: Tensor, chunk: int, fast: bool) -> None:
+        words = philox.counter_words(update.seed, update.param_id, update.step, stream)
+        self._words = [torch.tensor(word, dtype=torch.int64) for word in words]
+        self._first, self._rows, self._device = update.row_offset, w_LD.shape[0], w_LD.device
+        self._block = chunk * max(1, _KEY_ROWS // chunk)
+        self._start, self._keys = 0, torch.empty(0, dtype=torch.int32)
+        self._fast = fast
+
+    def of(self, start: int, stop: int) -> Tensor:
+        """int32 [stop - start] keys; `start` and `stop` bound one chunk."""
+        if not self._start <= start < stop <= self._start + self._keys.numel():
+            self._start = start
+            last = min(start + self._block, self._rows)
+            rows = torch.arange(self._first + start, self._first + last, device=self._device)
+            self._keys = piece(steps.row_keys, self._fast)(*self._words, rows)
+        return self._keys[start - self._start : stop - self._start]
+
+
+def columns_of(w_LD: Tensor, per_word: int) -> Tensor:
+    """int32 columns of the first element of each word."""
+    return torch.arange(0, w_LD.shape[1], per_word, dtype=torch.int32, device=w_LD.device)
+
+
+def restore_columns(columns: Tensor) -> Tensor:
+    """Columns in `halves_order` back in their own."""
+    order = halves_order(columns.shape[1], columns.device)
+    return torch.empty_like(columns).index_copy_(1, order, columns)
+
+
+def _whole_words(t: Tensor) -> bool:
+    """Whether rows of a contiguous tensor are whole, aligned 32-bit words."""
+    per_word = 4 // t.element_size()
+    return t.is_contiguous() and t.shape[1] % per_word == 0 and t.data_ptr() % 4 == 0

@@ -1,0 +1,222 @@
+"""Updates of parameters whose gradients exist: all that are alike in one launch.
+
+Legend: T tensors, each a contiguous matrix of `columns` columns. A program owns BLOCK elements of
+one of them; a table holds addresses, sizes and counters, another the rates. The same arithmetic and
+the same random bits as a head's update (`rules.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from elmo_compile.kernels.triton.random_bits import mix32, row_keys
+from elmo_compile.kernels.triton.rules import (
+    compensate,
+    direction,
+    loaded_compensation,
+    stored_compensation,
+    stored_state,
+    with_error,
+)
+from elmo_compile.kernels.triton.storage import rounded, widen
+from elmo_compile.numerics.formats import format_of, is_narrow
+from elmo_compile.numerics.philox import COMPENSATION, WEIGHT, counter_words
+from elmo_compile.numerics.update import (
+    STATE_STREAMS,
+    Update,
+    accumulate_rows,
+    half_step_at_largest,
+)
+
+Item = tuple[Tensor, Tensor, Update]
+
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float8_e4m3fn: tl.uint8,
+    torch.float8_e5m2: tl.uint8,
+}
+_BLOCK = 1024
+_FIELDS = 14
+_RATES = 8
+
+
+@triton.jit
+def _at(table_ptr, FIELD: tl.constexpr, TYPE: tl.constexpr):
+    """The pointer in a field of a tensor's row of the table."""
+    return tl.load(table_ptr + FIELD).to(tl.pointer_type(TYPE))
+
+
+@triton.jit
+def _words(rows, columns, seed, param, word2, word3):
+    """Random words of elements given by row and column."""
+    return mix32(row_keys(rows, seed, param, word2, word3) ^ columns.to(tl.uint32))
+
+
+@triton.jit
+def _parameters_kernel(
+    table_ptr,
+    rates_ptr,
+    blocks_ptr,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    SUM: tl.constexpr,
+    C: tl.constexpr,
+    RULE: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    ECO: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    E5M2: tl.constexpr,
+    LARGEST: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FIELDS: tl.constexpr,
+    RATES: tl.constexpr,
+):
+    """One update of BLOCK elements of one tensor. None as a type: there is no such tensor."""
+    tensor = tl.load(blocks_ptr + 2 * tl.program_id(0)).to(tl.int64)
+    table = table_ptr + tensor * FIELDS
+    rates = rates_ptr + tensor * RATES
+    offsets = tl.load(blocks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
+    offsets = offsets + tl.arange(0, BLOCK)
+    mask = offsets < tl.load(table + 6)
+    width = tl.load(table + 7)
+    row = offsets // width
+    column = (offsets - row * width).to(tl.int32)
+    seed = tl.load(table + 8).to(tl.int32)
+    param = tl.load(table + 9).to(tl.int32)
+    word2 = tl.load(table + 10).to(tl.int32)
+    word3 = tl.load(table + 11).to(tl.int32)
+    rows = row + tl.load(table + 12)
+    eps = tl.load(rates + 6)
+    w_ptr = _at(table, 0, W)
+    w = widen(tl.load(w_ptr + offsets, mask=mask, other=0))
+    grad = widen(tl.load(_at(table, 1, G) + offsets, mask=mask, other=0))
+    m = w
+    v = w
+    a = w
+    if FIRST is not None:
+        m = widen(tl.load(_at(table, 2, FIRST) + offsets, mask=mask, other=0))
+    if SECOND is not None:
+        v = widen(tl.load(_at(table, 3, SECOND) + offsets, mask=mask, other=0))
+    if SUM:
+        a = tl.load(_at(table, 4, tl.float32) + row, mask=mask, other=1.0)
+    u, m, v = direction(
+        w, grad, m, v, a, tl.load(rates), tl.load(rates + 1), tl.load(rates + 2),
+        tl.load(rates + 3), tl.load(rates + 4), tl.load(rates + 5), eps,
+        RULE, FIRST is not None, NESTEROV,
+    )  # fmt: skip
+    words = _words(rows, column, seed, param, word2, word3)
+    if C is None:
+        new = rounded(w + u, words, W, STOCHASTIC)
+    else:
+        c_ptr = _at(table, 5, C)
+        s = u + loaded_compensation(tl.load(c_ptr + offsets, mask=mask, other=0), E5M2)
+        new = rounded(w + s, words, W, False)
+        c = compensate(w, s, widen(new), LARGEST, HALF)
+        words = _words(rows, column, seed, param, word2, word3 + (3 << 24))
+        tl.store(c_ptr + offsets, stored_compensation(c, words, E5M2), mask)
+    tl.store(w_ptr + offsets, new, mask)
+    if FIRST is not None:
+        if ECO:
+            m = with_error(m, v, tl.load(rates + 7), (w + u) - widen(new), eps, RULE)
+        words = _words(rows, column, seed, param, word2, word3 + (1 << 24))
+        tl.store(_at(table, 2, FIRST) + offsets, stored_state(m, words, FIRST), mask)
+    if SECOND is not None:
+        words = _words(rows, column, seed, param, word2, word3 + (2 << 24))
+        tl.store(_at(table, 3, SECOND) + offsets, stored_state(v, words, SECOND), mask)
+
+
+assert (WEIGHT, *STATE_STREAMS, COMPENSATION) == (0, 1, 2, 3), "streams are in the kernel's words"
+
+
+def update_parameters(items: Sequence[Item]) -> list[Item]:
+    """Update contiguous matrices in place, in one launch for each kind; the ones left to others.
+
+    Left are float64, block-wise state and weights of which some rows are compensated.
+
+    Args:
+        items: (weight [R, D], gradient [R, D], update), all on one device.
+    """
+    kinds: dict[Any, list[Item]] = {}
+    rest: list[Item] = []
+    for item in items:
+        kind = _kind(*item)
+        (rest if kind is None else kinds.setdefault(kind, [])).append(item)
+    for kind, alike in kinds.items():
+        _launch(dict(kind), alike)
+    return rest
+
+
+def _kind(w: Tensor, grad: Tensor, update: Update) -> Any:
+    """What one launch has in common, as items of the kernel's constants; None: not for it."""
+    state, c = update.moments, update.compensation
+    tensors = [w, grad, *state, *([] if c is None else [c])]
+    if update.kahan_rows is not None or any(hasattr(s, "qmap") for s in state):
+        return None
+    if any(t.dtype not in _TYPES or not t.is_contiguous() for t in tensors):
+        return None
+    types = [_TYPES[s.dtype] for s in state] + [None, None]
+    fmt = format_of(w.dtype) if is_narrow(w.dtype) else None
+    return (
+        ("W", _TYPES[w.dtype]),
+        ("G", _TYPES[grad.dtype]),
+        ("FIRST", types[0]),
+        ("SECOND", types[1]),
+        ("SUM", update.row_wise),
+        ("C", None if c is None else _TYPES[c.dtype]),
+        ("RULE", update.rule),
+        ("NESTEROV", update.nesterov),
+        ("ECO", update.eco),
+        ("STOCHASTIC", update.rounding == "stochastic"),
+        ("E5M2", c is not None and c.dtype == torch.float8_e5m2),
+        ("LARGEST", fmt.max if fmt else math.inf),
+        ("HALF", half_step_at_largest(fmt) if fmt else math.inf),
+    )
+
+
+def _launch(kind: dict[str, Any], items: Sequence[Item]) -> None:
+    device = items[0][0].device
+    table, rates, blocks = [], [], []
+    for number, (w, grad, update) in enumerate(items):
+        if update.row_wise:
+            update.state[0].copy_(accumulate_rows(update.state[0], grad))
+        words = counter_words(update.seed, update.param_id, update.step, WEIGHT)
+        moments = [s.data_ptr() for s in update.moments] + [0, 0]
+        sums = update.state[0].data_ptr() if update.row_wise else 0
+        c = 0 if update.compensation is None else update.compensation.data_ptr()
+        table += [w.data_ptr(), grad.data_ptr(), *moments[:2], sums, c, w.numel(), w.shape[1]]
+        table += [_signed(word) for word in words]
+        table += [update.row_offset, 0]
+        r = update.rates
+        rates += [
+            r.lr, r.weight_decay, r.beta1, r.beta2, 1.0 - r.beta1, 1.0 - r.beta2, r.eps, r.error,
+        ]  # fmt: skip
+        count = -(-w.numel() // _BLOCK)
+        blocks.append(torch.stack((torch.full((count,), number), torch.arange(count)), 1))
+    each = torch.cat(blocks).to(torch.int32)
+    with torch.cuda.device_of(items[0][0]):
+        _parameters_kernel[(each.shape[0],)](
+            torch.tensor(table).to(device, non_blocking=True),
+            torch.tensor(rates, dtype=torch.float32).to(device, non_blocking=True),
+            each.to(device, non_blocking=True),
+            BLOCK=_BLOCK,
+            FIELDS=_FIELDS,
+            RATES=_RATES,
+            **kind,
+        )
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as the signed number with the same bits."""
+    return word - (1 << 32) if word >= 1 << 31 else word

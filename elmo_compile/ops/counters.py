@@ -1,0 +1,60 @@
+"""What rounding does to a weight, counted on a sample of its rows now and then.
+
+Cheap enough to be always on: some rows are copied before an update and compared after it. Nothing
+waits for a device; numbers are read when they are asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from elmo_compile.numerics.formats import format_of, is_narrow
+
+_EVERY, _ROWS = 64, 256
+
+
+class Counters:
+    """Shares of sampled elements: left unchanged by an update, saturated, zero."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self._before: Tensor | None = None
+
+    def before(self, w_LD: Tensor, updates: int) -> None:
+        """Look at the weight that update number `updates` is about to change."""
+        wanted = updates % _EVERY == 0 and is_narrow(w_LD.dtype) and w_LD.numel() > 0
+        self._before = _sample(w_LD).clone() if wanted else None
+
+    def after(self, w_LD: Tensor) -> None:
+        """Look at the weight after that update."""
+        before, self._before = self._before, None
+        if before is None:
+            return
+        now, largest = _sample(w_LD), format_of(w_LD.dtype).max
+        found = torch.stack(
+            [
+                (_bits(now) == _bits(before)).sum(),
+                (now.to(torch.float32).abs() >= largest).sum(),
+                (now.to(torch.float32) == 0).sum(),
+                torch.full((), now.numel(), device=now.device),
+            ]
+        ).to(torch.float64)
+        self._sums = found if self._sums is None else self._sums.to(found.device) + found
+
+    def shares(self, updates: int) -> dict[str, float]:
+        """Everything counted so far; NaN before the first sample."""
+        made = {"updates": float(updates)}
+        sums = [float("nan")] * 4 if self._sums is None else self._sums.tolist()
+        for name, total in zip(("unchanged", "saturated", "zero"), sums):
+            made[name] = total / sums[3]
+        return made
+
+
+def _sample(w_LD: Tensor) -> Tensor:
+    """Some rows, evenly spread: a view."""
+    return w_LD.detach()[:: max(1, w_LD.shape[0] // _ROWS)]
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.contiguous().view({1: torch.uint8, 2: torch.int16}[t.element_size()])

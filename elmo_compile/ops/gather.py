@@ -1,0 +1,94 @@
+"""What backwards kept on every process, gathered: the mean gradient of a data-parallel step.
+
+Features, targets and row statistics travel (N x D a process), never a weight gradient (L x D).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from elmo_compile.errors import FusedUpdateError
+from elmo_compile.numerics.losses import Positives
+from elmo_compile.ops.second_pass import Kept, KeptHead, merged, stack_targets
+
+
+def gathered(kept: Sequence[Kept], group: Any) -> list[Kept]:
+    """The kept gradients of all processes of a group, scaled to their mean.
+
+    Raises:
+        FusedUpdateError: a loss whose targets cannot be gathered. Nothing was sent.
+    """
+    world = dist.get_world_size(group)
+    if world == 1:
+        return list(kept)
+    mine = merged(kept)
+    if len(mine) != 1 or not isinstance(mine[0], KeptHead):
+        raise FusedUpdateError(
+            "under DistributedDataParallel update_at='step' gathers the features and targets of "
+            "one binary or softmax cross entropy a head; this one has another loss, several, or a "
+            "dense gradient as well. Construct the optimizer with fused=False"
+        )
+    one = mine[0]
+    p = one.problem
+    rows = _sizes(p.x_ND, group)
+    return [
+        KeptHead(
+            problem=dataclasses.replace(
+                p, x_ND=_stack(p.x_ND, group), target=_gather_targets(p.target, rows, group)
+            ),
+            stats_2N=_stack(one.stats_2N.t(), group).t().contiguous()
+            if one.stats_2N.dim() == 2
+            else one.stats_2N,
+            scale_N=_stack(one.scale_N, group) / world,
+            norm2=None,
+            wrong=_stack(one.wrong.view(1), group).any(),
+            task=one.task,
+        )
+    ]
+
+
+def _gather_targets(target: Any, rows: list[int], group: Any) -> Tensor | Positives:
+    if not isinstance(target, Positives):
+        return _stack(target, group)
+    weighted = target.values_M is not None
+    fields = [_gather(t, group) for t in target if t is not None]
+    parts = [
+        (Positives(*(f[i] for f in fields), *(() if weighted else (None,))), count)
+        for i, count in enumerate(rows)
+    ]
+    return stack_targets(parts)
+
+
+def _stack(t: Tensor, group: Any) -> Tensor:
+    """The tensors of all processes, one below the other."""
+    return torch.cat(_gather(t, group))
+
+
+def _sizes(t: Tensor, group: Any) -> list[int]:
+    """The length of every process's tensor."""
+    mine = torch.tensor([t.shape[0]], device=t.device)
+    sizes = [torch.zeros_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, mine, group=group)
+    return [int(size) for size in sizes]
+
+
+def _gather(t: Tensor, group: Any) -> list[Tensor]:
+    """Every process's tensor; lengths may differ. Sent as bytes, so that any dtype may."""
+    sizes = _sizes(t, group)
+    t = t.contiguous()
+    each = math.prod(t.shape[1:]) * t.element_size()
+    longest = torch.zeros(max(sizes) * each, dtype=torch.uint8, device=t.device)
+    longest[: t.shape[0] * each] = t.reshape(-1).view(torch.uint8)
+    received = [torch.empty_like(longest) for _ in sizes]
+    dist.all_gather(received, longest, group=group)
+    return [
+        data[: size * each].view(t.dtype).view(size, *t.shape[1:])
+        for data, size in zip(received, sizes)
+    ]

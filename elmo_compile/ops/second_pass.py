@@ -1,0 +1,304 @@
+"""What a backward keeps for an update that `opt.step()` makes, and that update.
+
+A head's gradient is `dw = sum_n scale_n g_n^T x_n` with g a function of the weight, the features,
+the targets and the row statistics: these are kept (N x D), never dw (L x D). From them and the
+still unchanged weight the update is made in a second pass; the squared norm of dw likewise.
+
+Shapes: N rows, D features, L outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elmo_compile.kernels.problem import HeadProblem
+from elmo_compile.numerics.losses import BCE, LossSpec, Positives
+from elmo_compile.numerics.update import Update
+
+Chunk = tuple[int, int, Tensor]
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class KeptHead:
+    """One backward of a head with kernels of its own (BCE, cross entropy)."""
+
+    problem: HeadProblem
+    stats_2N: Tensor
+    scale_N: Tensor
+    norm2: Tensor | None
+    """float64: the squared norm of dw, where the backward formed it."""
+    wrong: Tensor
+    """bool: features, targets or upstream gradient were invalid or not finite."""
+    task: int
+    """Which run of autograd it was."""
+
+    def times_(self, factor: float | Tensor) -> None:
+        """Scale the gradient."""
+        self.scale_N = self.scale_N * factor
+        if self.norm2 is not None:
+            self.norm2 = self.norm2 * (factor * factor)
+
+    def chunks(self, w_LD: Tensor, chunk: int) -> Iterator[Chunk]:
+        """(start, stop, dw in float32) chunk by chunk."""
+        from elmo_compile.kernels.aten import head_chunks
+
+        p = dataclasses.replace(self.problem, w_LD=w_LD, chunk=chunk)
+        return head_chunks(p, self.stats_2N, self.scale_N)
+
+    def merged_key(self) -> Any:
+        """Backwards with the same key can be merged."""
+        p = self.problem
+        return p.loss.name, p.loss.targets, p.loss.ignore_index, p.compute_dtype, p.b_L is None
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class KeptProgram:
+    """One backward of a head whose loss is a program."""
+
+    program: Any
+    x: Tensor
+    inputs: list[Any]
+    """Arguments of the program and what its forward saved."""
+    tangents: list[Tensor]
+    compute: torch.dtype
+    chunk: int
+    norm2: Tensor | None
+    wrong: Tensor
+    task: int
+
+    def times_(self, factor: float | Tensor) -> None:
+        """Scale the gradient, which is linear in its upstream gradients."""
+        self.tangents = [t * factor for t in self.tangents]
+        if self.norm2 is not None:
+            self.norm2 = self.norm2 * (factor * factor)
+
+    def chunks(self, w_LD: Tensor, chunk: int) -> Iterator[Chunk]:
+        """(start, stop, dw in float32) chunk by chunk."""
+        from elmo_compile.kernels.aten.programs import Product, program_chunks
+
+        product = Product(x=self.x, w_LD=w_LD, compute_dtype=self.compute)
+        return program_chunks(self.program, product, [*self.inputs, *self.tangents], chunk)
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class KeptDense:
+    """A gradient that exists: of another use of the weight."""
+
+    grad_LD: Tensor
+    wrong: Tensor
+    factor: float | Tensor = 1.0
+    norm2: Tensor | None = None
+    task: int = -1
+
+    def times_(self, factor: float | Tensor) -> None:
+        """Scale the gradient (not the tensor, which is the user's)."""
+        self.factor = self.factor * factor
+
+    def chunks(self, w_LD: Tensor, chunk: int) -> Iterator[Chunk]:
+        """(start, stop, dw in float32) chunk by chunk."""
+        wide = torch.float64 if w_LD.dtype == torch.float64 else torch.float32
+        for start in range(0, w_LD.shape[0], chunk):
+            part = self.grad_LD[start : start + chunk]
+            yield start, start + part.shape[0], part.to(wide) * self.factor
+
+
+Kept = KeptHead | KeptProgram | KeptDense
+
+
+def keep_dense(grad_LD: Tensor) -> KeptDense:
+    """A dense gradient as something kept."""
+    return KeptDense(grad_LD=grad_LD, wrong=~torch.isfinite(grad_LD.float().sum()))
+
+
+def keep_head(
+    problem: HeadProblem, stats_2N: Tensor, scale_N: Tensor, norm2: Tensor | None, wrong: Tensor
+) -> KeptHead:
+    """Keep a backward, with copies of what compiled code may overwrite."""
+    target, loss = _copied_target(problem)
+    problem = dataclasses.replace(
+        problem,
+        x_ND=problem.x_ND.detach().clone(),
+        b_L=None if problem.b_L is None else problem.b_L.detach(),
+        target=target,
+        loss=loss,
+    )
+    return KeptHead(
+        problem=problem,
+        stats_2N=stats_2N.detach().clone(),
+        scale_N=scale_N.detach().clone(),
+        norm2=norm2,
+        wrong=wrong,
+        task=current_task(),
+    )
+
+
+def keep_program(
+    program: Any,
+    x: Tensor,
+    inputs: Sequence[Any],
+    tangents: Sequence[Tensor],
+    chunk: int,
+    compute: torch.dtype,
+    norm2: Tensor | None,
+) -> KeptProgram:
+    """Keep a backward of a program, with copies of what compiled code may overwrite."""
+
+    def copy(value: Any) -> Any:
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    finite = torch.stack([torch.isfinite(t).all() for t in (x, *tangents)]).all()
+    return KeptProgram(
+        program=program,
+        x=copy(x),
+        inputs=[copy(value) for value in inputs],
+        tangents=[copy(value) for value in tangents],
+        compute=compute,
+        chunk=chunk,
+        norm2=norm2,
+        wrong=~finite,
+        task=current_task(),
+    )
+
+
+def current_task() -> int:
+    """The run of autograd this is called in (a private query, tried on 2.11 to 2.15)."""
+    return int(torch._C._current_graph_task_id())
+
+
+def _copied_target(p: HeadProblem) -> tuple[Tensor | Positives, LossSpec]:
+    """The targets as they are now: dense ones as pairs where that is smaller."""
+    target, loss = p.target, p.loss
+    if isinstance(target, Positives):
+        values_M = None if target.values_M is None else target.values_M.clone()
+        return Positives(target.rows_M.clone(), target.cols_M.clone(), values_M), loss
+    if loss.targets == "dense" and loss.name == BCE:
+        cols_M, rows_M = target.t().nonzero(as_tuple=True)
+        if 20 * rows_M.numel() < target.numel() * target.element_size():
+            pairs = dataclasses.replace(loss, targets="pairs")
+            return Positives(rows_M, cols_M, target[rows_M, cols_M].to(torch.float32)), pairs
+    return target.detach().clone(), loss
+
+
+def merged(kept: Sequence[Kept]) -> list[Kept]:
+    """Several backwards through the same weight as few: their rows stacked where that can be."""
+    groups: dict[Any, list[KeptHead]] = {}
+    rest: list[Kept] = []
+    for one in kept:
+        if isinstance(one, KeptHead):
+            groups.setdefault(one.merged_key(), []).append(one)
+        else:
+            rest.append(one)
+    return [*(_stacked(group) for group in groups.values()), *rest]
+
+
+def _stacked(kept: list[KeptHead]) -> KeptHead:
+    if len(kept) == 1:
+        return kept[0]
+    problems = [one.problem for one in kept]
+    return KeptHead(
+        problem=dataclasses.replace(
+            problems[0],
+            x_ND=torch.cat([p.x_ND for p in problems]),
+            target=stack_targets([(p.target, p.x_ND.shape[0]) for p in problems]),
+            chunk=min(p.chunk for p in problems),
+        ),
+        stats_2N=torch.cat([one.stats_2N for one in kept], -1),
+        scale_N=torch.cat([one.scale_N for one in kept]),
+        norm2=None,
+        wrong=torch.stack([one.wrong for one in kept]).any(),
+        task=kept[-1].task,
+    )
+
+
+def stack_targets(parts: Sequence[tuple[Any, int]]) -> Tensor | Positives:
+    """Targets of batches put one below the other.
+
+    Args:
+        parts: (targets, rows of the batch).
+    """
+    if not isinstance(parts[0][0], Positives):
+        return torch.cat([target for target, _ in parts])
+    first, rows, cols, values = 0, [], [], []
+    weighted = any(target.values_M is not None for target, _ in parts)
+    for target, count in parts:
+        rows.append(target.rows_M + first)
+        cols.append(target.cols_M)
+        if weighted:
+            ones = torch.ones_like(target.cols_M, dtype=torch.float32)
+            values.append(ones if target.values_M is None else target.values_M)
+        first += count
+    cols_M, order = torch.cat(cols).sort(stable=True)
+    return Positives(torch.cat(rows)[order], cols_M, torch.cat(values)[order] if weighted else None)
+
+
+def squared_norm(kept: Sequence[Kept], w_LD: Tensor) -> Tensor:
+    """The squared norm of the sum of kept gradients, float64, from the unchanged weight."""
+    from elmo_compile import kernels
+
+    if len(kept) == 1 and kept[0].norm2 is not None:
+        return kept[0].norm2
+    (one, *more) = kept
+    if not more and isinstance(one, KeptHead):
+        p = dataclasses.replace(one.problem, w_LD=w_LD)
+        made = kernels.select(w_LD.device).backward(
+            p, one.stats_2N, one.scale_N, need_dx=False, need_dw=False, need_db=False,
+            need_norm=True,
+        )  # fmt: skip
+        found: Tensor = made.norm2
+        return found
+    total = torch.zeros((), dtype=torch.float64, device=w_LD.device)
+    for _, _, dw in summed_chunks(kept, w_LD):
+        total += torch.linalg.vector_norm(dw, dtype=torch.float64).square()
+    return total
+
+
+def summed_chunks(kept: Sequence[Kept], w_LD: Tensor) -> Iterator[Chunk]:
+    """(start, stop, dw in float32), summed over several backwards, advanced side by side."""
+    chunk = common_chunk(kept, w_LD)
+    for parts in zip(*(one.chunks(w_LD, chunk) for one in kept), strict=True):
+        start, stop, dw = parts[0]
+        for _, _, more in parts[1:]:
+            dw = dw + more
+        yield start, stop, dw
+
+
+def common_chunk(kept: Sequence[Kept], w_LD: Tensor) -> int:
+    """Outputs per chunk for several backwards together: at most 16 MiB of dw."""
+    sizes = [w_LD.shape[0], (1 << 22) // max(1, w_LD.shape[1])]
+    for one in kept:
+        if not isinstance(one, KeptDense):
+            sizes.append(one.problem.chunk if isinstance(one, KeptHead) else one.chunk)
+    return max(1, min(sizes))
+
+
+def apply(
+    kept: Sequence[Kept],
+    w_LD: Tensor,
+    update: Update,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    guard: Tensor | None = None,
+) -> None:
+    """Update a weight in place from the sum of kept gradients.
+
+    Args:
+        reduce: what sums a chunk of dw over processes, where rows could not be gathered.
+        guard: CUDA: int32, not zero leaves the weight as it is.
+    """
+    from elmo_compile import kernels
+
+    (one, *more) = kept
+    if more or reduce is not None or not isinstance(one, KeptHead):
+        from elmo_compile.kernels.aten import update_from_chunks
+
+        update_from_chunks(w_LD, summed_chunks(kept, w_LD), update, reduce)
+        return
+    p = dataclasses.replace(one.problem, w_LD=w_LD)
+    arguments: dict[str, Any] = {} if guard is None else {"guard": guard}
+    kernels.select(w_LD.device).backward_update(
+        p, one.stats_2N, one.scale_N, update, need_dx=False, need_db=False, **arguments
+    )

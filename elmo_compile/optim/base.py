@@ -1,0 +1,346 @@
+"""What every optimizer of this package has in common: ownership of heads, steps, checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from elmo_compile.errors import FusedUpdateError, OptionError
+from elmo_compile.numerics.philox import ROUNDING_VERSION
+from elmo_compile.numerics.update import Update
+from elmo_compile.ops.owners import Owner, Policy, owner_of, register, unregister
+from elmo_compile.optim import guards, options, state, whole
+from elmo_compile.optim.ordinary import apply_updates
+
+
+class Member(NamedTuple):
+    """One parameter of an optimizer."""
+
+    group: dict[str, Any]
+    param: Tensor
+    param_id: int
+
+
+class HeadOptimizer(torch.optim.Optimizer):
+    """An optimizer that owns huge heads and rounds what it stores; a rule is a subclass."""
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        self._owners: list[Owner] = []
+        self._next_id = 0
+        self._warned = self._stepped = False
+        self.skipped_steps = 0
+        """Steps that `nonfinite="skip"` left out."""
+        super().__init__(params, defaults)
+
+    # What a rule is
+
+    def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the state tensors, in the order of `Update.state`."""
+        raise NotImplementedError
+
+    def _rule(self, group: dict[str, Any], step: int, lr: float) -> dict[str, Any]:
+        """The rule's fields of the update that is number `step` of a parameter."""
+        raise NotImplementedError
+
+    def _new_slot(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
+        """A state tensor's first value."""
+        return state.new_state(param, group["state_dtype"], signed=name != "exp_avg_sq")
+
+    def _placed(self, held: Tensor, param: Tensor, group: dict[str, Any]) -> Tensor:
+        """A state tensor where its parameter is now."""
+        return state.placed(held, param, group["state_dtype"])
+
+    # Parameters
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with hyper-parameters of their own. Raises OptionError."""
+        checked = {**self.defaults, **param_group}
+        options.check_group(checked)
+        given = param_group["params"]
+        param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
+        if checked["kahan_rows"] is not None:
+            param_group["kahan_rows"] = _rows_of_group(checked, param_group["params"])
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        count = len(group["params"])
+        group["param_ids"] = list(range(self._next_id, self._next_id + count))
+        group["rounding_version"] = ROUNDING_VERSION
+        self._next_id += count
+        self._register()
+
+    def fused_parameters(self) -> list[Tensor]:
+        """The weights whose update a compiled graph has fused so far."""
+        return [owner.param for owner in self._owners if owner.in_use]
+
+    def counters(self) -> dict[str, dict[str, float]]:
+        """What rounding did to each fused head, from a sample of its rows every 64 updates.
+
+        Returns:
+            For each head: `updates` so far, and shares (of sampled elements) that are `unchanged`
+            by an update (with rounding="nearest": updates lost), `saturated` (stored as the
+            format's largest value) and `zero`.
+        """
+        return {o.name: o.counters.shares(o.updates) for o in self._owners if o.in_use}
+
+    # Steps
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient, and allow the next backward.
+
+        With `update_at="step"` the heads are updated here, from what their backwards kept.
+
+        Raises:
+            FusedUpdateError: a fused head also received a dense gradient; another optimizer took a
+                weight over; a weight is inconsistent or was replaced by one nobody owns; a closure
+                was given and a head is fused. Nothing is modified.
+            InputError: a head's input was invalid (on CUDA with update_at="backward": its update
+                was not applied).
+        """
+        loss = self._evaluate(closure) if closure is not None else None
+        for owner in self._owners:
+            owner.check_step()
+        with torch.no_grad():
+            gradients = whole.Gradients(self._members(), self._owners)
+            if gradients.must_skip():
+                self.skipped_steps += 1
+            else:
+                factors = gradients.clip_factors()
+                fused = {id(owner.param) for owner in self._owners if owner.kept}
+                # Heads first: their second pass reads biases as they were.
+                for owner in self._owners:
+                    group = self._find(owner.param).group
+                    owner.apply_kept(factors.get(id(group)))
+                items = []
+                for member in self._members():
+                    if member.param.grad is not None and id(member.param) not in fused:
+                        grad = whole.scaled(member.param.grad, factors.get(id(member.group)))
+                        items.append((member.param, grad, self._update(*member)))
+                apply_updates(items)
+                for param, _, _ in items:
+                    self._count(param)
+        for owner in self._owners:
+            owner.close_step()
+        self._warn_if_nothing_fused()
+        return loss
+
+    def _evaluate(self, closure: Callable[[], float]) -> float:
+        """The closure's loss, unless it would run a fused backward."""
+        for owner in self._owners:
+            owner.refused_in = "step(closure)"
+        try:
+            if self.fused_parameters():
+                raise FusedUpdateError(
+                    "step(closure) may run forward and backward several times, but "
+                    f"{self.fused_parameters()[0].shape} is updated by its own backward. Call "
+                    "backward() and then step(), or construct the optimizer with fused=False"
+                )
+            with torch.enable_grad():
+                return closure()
+        finally:
+            for owner in self._owners:
+                owner.refused_in = ""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim; also forgets what backwards kept for `update_at="step"`."""
+        super().zero_grad(set_to_none)
+        for owner in self._owners:
+            owner.forget_kept()
+
+    def _members(self) -> list[Member]:
+        return [
+            Member(group, param, param_id)
+            for group in self.param_groups
+            for param, param_id in zip(group["params"], group["param_ids"])
+        ]
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim; holds rounding streams and counters, so that a resumed run continues."""
+        for owner in self._owners:
+            owner.check_consistent()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim; how to update (`fused`, `update_at`, ...) stays as constructed.
+
+        Raises:
+            OptionError: the state was saved by a version with other rounding bits.
+        """
+        groups = []
+        for group, mine in zip(state_dict["param_groups"], self.param_groups):
+            version = group.get("rounding_version")
+            if version != ROUNDING_VERSION:
+                raise OptionError(
+                    f"this optimizer state has rounding_version={version!r}; this version of "
+                    f"elmo_compile continues only rounding_version={ROUNDING_VERSION}"
+                )
+            groups.append({**group, **{key: mine[key] for key in options.HOW}})
+        if len(groups) == len(state_dict["param_groups"]):
+            state_dict = {**state_dict, "param_groups": groups}
+        super().load_state_dict(state_dict)
+        self._restore_state(state_dict)
+        for owner in self._owners:
+            owner.inconsistent = owner.pending = False
+            owner.forget_kept()
+
+    def _restore_state(self, state_dict: dict[str, Any]) -> None:
+        """State as saved: torch.optim casts it to the weight's dtype, which may be fp8."""
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(saved, params):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    moved = value.detach().to(param.device)
+                    self.state[param][name] = moved.clone() if moved is value else moved
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not hasattr(self, "_owners"):
+            self._owners, self._warned, self._stepped = [], False, False
+            self.skipped_steps = 0
+        ids = [i for group in self.param_groups for i in group["param_ids"]]
+        self._next_id = 1 + max(ids, default=-1)
+        self._register()
+
+    # Ownership
+
+    def _register(self) -> None:
+        """Own every matrix of a fused group, and nothing else."""
+        owned = {id(owner.param): owner for owner in self._owners}
+        wanted: list[Owner] = []
+        for group in self.param_groups:
+            if not group["fused"] or group["accumulate"] == "materialize":
+                continue
+            guards.install()
+            names = group.get("param_names")
+            for index, (param, param_id) in enumerate(zip(group["params"], group["param_ids"])):
+                if param.dim() == 2:
+                    name = names[index] if names else f"#{param_id} {tuple(param.shape)}"
+                    known = owned.pop(id(param), None) if id(param) in owned else None
+                    wanted.append(known or self._own(param, name))
+        for owner in owned.values():
+            unregister(owner)
+        self._owners = wanted
+
+    def _own(self, param: Tensor, name: str) -> Owner:
+        # The registry must not keep a discarded optimizer alive.
+        me, this = weakref.ref(self), weakref.ref(param)
+        owner = Owner(param, name, lambda: _alive(me)._update(*_alive(me)._find(_alive(this))))
+        owner.on_update = lambda: _alive(me)._count(_alive(this))
+        owner.policy = lambda: _policy(_alive(me)._find(_alive(this)).group)
+        register(owner)
+        return owner
+
+    def _find(self, param: Tensor) -> Member:
+        for member in self._members():
+            if member.param is param:
+                return member
+        raise FusedUpdateError(
+            "a head's weight was removed from its optimizer's param_groups while it was fused; "
+            "construct the optimizer again"
+        )
+
+    # Updates
+
+    def _update(self, group: dict[str, Any], param: Tensor, param_id: int) -> Update:
+        """The next update of a parameter, with the state it needs (made here at first)."""
+        held = self.state[param]
+        step, lr = held.get("step", 0), float(group["lr"])
+        if group["accumulate"] == "step_each" and not options._linear(group):
+            lr /= group["micro_batches"]
+        tensors = []
+        for name in self._slots(group):
+            if name not in held:
+                held[name] = self._new_slot(name, param, group)
+            held[name] = self._placed(held[name], param, group)
+            tensors.append(held[name])
+        rounding, compensation, rows = self._compensation(group, param)
+        return Update(
+            lr=lr,
+            weight_decay=group["weight_decay"],
+            state=tuple(tensors),
+            compensation=compensation,
+            kahan_rows=rows,
+            rounding=rounding,
+            seed=group["seed"],
+            param_id=param_id,
+            step=step,
+            **self._rule(group, step, lr),
+        )
+
+    def _compensation(
+        self, group: dict[str, Any], param: Tensor
+    ) -> tuple[Any, Tensor | None, Tensor | None]:
+        """(rounding of the other rows, compensation, the rows it belongs to)."""
+        held, rounding = self.state[param], group["rounding"]
+        rows = group["kahan_rows"]
+        some = rows is not None and param.dim() == 2 and param.shape[0] == _most_rows(group)
+        other = "stochastic" if rounding == "kahan" else rounding
+        if not state.takes_compensation(param) or not (some or rounding == "kahan"):
+            return other, None, None
+        if "compensation" not in held:
+            if some:
+                held["kahan_rows"] = rows.to(param.device)
+            like = param[: len(rows)] if some else param
+            held["compensation"] = torch.zeros_like(like, dtype=group["compensation_dtype"])
+        for name in ("compensation", "kahan_rows"):
+            if name in held:
+                held[name] = held[name].to(param.device)
+        return other, held["compensation"], held.get("kahan_rows")
+
+    def _count(self, param: Tensor) -> None:
+        held = self.state[param]
+        held["step"] = held.get("step", 0) + 1
+
+    def _warn_if_nothing_fused(self) -> None:
+        first, self._stepped = not self._stepped, True
+        if first and self._owners and not self.fused_parameters() and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"elmo_compile.optim.{type(self).__name__} is used, but no head's update was "
+                'fused: either the model is not compiled with backend="elmo", or no head was '
+                "rewritten (see elmo_compile.last_report()). Pass fused=False to silence this",
+                stacklevel=5,  # step() inside torch's two wrappers
+            )
+
+
+def is_fused(param: Tensor) -> bool:
+    """Whether a compiled graph updates this parameter itself, without a gradient."""
+    owner = owner_of(param)
+    return owner is not None and owner.in_use and not owner.superseded
+
+
+def _policy(group: dict[str, Any]) -> Policy:
+    return Policy(
+        at_step=group["update_at"] == "step",
+        accumulate=group["accumulate"],
+        clips=group["max_norm"] is not None,
+    )
+
+
+def _most_rows(group: dict[str, Any]) -> int:
+    """Rows of the group's largest weight: the one that `kahan_rows` is about."""
+    return max((p.shape[0] for p in group["params"] if p.dim() == 2), default=0)
+
+
+def _rows_of_group(group: dict[str, Any], params: list[Any]) -> Tensor:
+    """`kahan_rows` of a group as row numbers. Raises OptionError."""
+    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+    rows = max((p.shape[0] for p in tensors if isinstance(p, Tensor) and p.dim() == 2), default=0)
+    if not rows:
+        raise OptionError("kahan_rows was given for a group without a matrix")
+    return state.resolve_rows(group["kahan_rows"], rows)
+
+
+def _alive(reference: weakref.ref[Any]) -> Any:
+    target = reference()
+    if target is None:
+        raise FusedUpdateError("the optimizer that owned this head was deleted before backward()")
+    return target

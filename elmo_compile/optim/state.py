@@ -1,0 +1,146 @@
+"""An optimizer's state: what is kept for a parameter, in which dtype, and where.
+
+Shapes: a state has its parameter's shape; Adagrad's is one number a row. R rows, D columns of a
+parameter seen as a matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elmo_compile.errors import OptionError
+from elmo_compile.numerics.formats import is_narrow
+
+_BLOCK, _LEAST_BLOCK = 256, 32
+"""Elements that share a scale in 8-bit state, at most and at least."""
+_LEAST_8BIT = 4096
+"""Smaller parameters keep wide state, as in bitsandbytes and torchao."""
+_MOST_FREQUENT = 0.05
+"""Share of the rows that is compensated where only counts are given."""
+
+
+def default_dtype(weight: torch.dtype) -> torch.dtype:
+    """What state of a weight is stored in unless asked for otherwise."""
+    if weight.itemsize == 1:
+        return torch.bfloat16
+    return torch.float32 if weight == torch.float16 else weight
+
+
+def state_dtype(weight: torch.dtype, wanted: Any) -> torch.dtype:
+    """The dtype of a plain state tensor."""
+    if weight == torch.float64 or weight.is_complex or not isinstance(wanted, torch.dtype):
+        return default_dtype(weight)
+    return wanted
+
+
+def new_state(param: Tensor, wanted: Any, *, signed: bool) -> Tensor:
+    """Zeros shaped like a parameter, in the dtype asked for.
+
+    Args:
+        wanted: a dtype, "8bit" or None (as the weight; bf16 for fp8).
+        signed: whether values may be negative (8 bits have a table for each).
+    """
+    if wanted == "8bit" and _takes_8bit(param):
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        size = _block_size(param)
+        made: Tensor = OptimState8bit.zeros(param.shape, signed, size, param.device)
+        return made
+    return torch.zeros_like(param, dtype=state_dtype(param.dtype, wanted))
+
+
+def is_blockwise(state: Any) -> bool:
+    """Whether a state is torchao's 8-bit format."""
+    return hasattr(state, "qmap") and hasattr(state, "codes")
+
+
+def placed(state: Tensor, param: Tensor, wanted: Any) -> Tensor:
+    """A state where its parameter is now: `.to()` may have moved or cast the model."""
+    if is_blockwise(state):
+        return state if state.device == param.device else state.to(param.device)
+    return state.to(param.device, state_dtype(param.dtype, wanted))
+
+
+def _takes_8bit(param: Tensor) -> bool:
+    wide_enough = param.dim() >= 2 and param.numel() >= _LEAST_8BIT
+    plain = param.is_contiguous() and param.dtype != torch.float64 and not param.is_complex()
+    return wide_enough and plain and _block_size(param) >= _LEAST_BLOCK
+
+
+def _block_size(param: Tensor) -> int:
+    """The largest power of two that divides a row, at most 256: blocks do not cross rows."""
+    size = 1
+    while size < _BLOCK and param.shape[-1] % (2 * size) == 0:
+        size *= 2
+    return size
+
+
+def takes_compensation(param: Tensor) -> bool:
+    """Whether rounding loses anything of this parameter: bf16 and fp8."""
+    return is_narrow(param.dtype)
+
+
+def resolve_rows(given: Any, num_rows: int) -> Tensor:
+    """The rows that `kahan_rows=` names, int64, ascending.
+
+    Args:
+        given: an int h (rows 0 to h - 1); a share in (0, 1] (of rows, from 0); row numbers (a list
+            or 1-D integer tensor); counts (1-D, one for each row, not a permutation of the rows),
+            of which the most frequent 5 % are meant; or (int or share, counts).
+        num_rows: of the weight.
+
+    Raises:
+        OptionError: none of these, or a row out of range.
+    """
+    how_many, rest = None, given
+    if isinstance(given, tuple) and len(given) == 2 and not isinstance(given[1], int | float):
+        how_many, rest = given
+    if isinstance(rest, int | float) and not isinstance(rest, bool):
+        return torch.arange(_count(rest, num_rows))
+    try:
+        values = torch.as_tensor(rest).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _bad_rows(given) from error
+    if values.dim() != 1 or values.dtype in (torch.bool, torch.complex64):
+        raise _bad_rows(given)
+    numbered = not values.is_floating_point() and how_many is None
+    if values.numel() == num_rows and not (numbered and _is_permutation(values)):
+        count = _count(_MOST_FREQUENT if how_many is None else how_many, num_rows)
+        order = torch.argsort(values, descending=True, stable=True)
+        return order[:count].sort().values
+    if not numbered:
+        raise OptionError(
+            f"kahan_rows: {values.numel()} counts were given for a weight of {num_rows} rows; "
+            "accepted: one count for each row"
+        )
+    if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < num_rows:
+        raise OptionError(
+            f"kahan_rows holds rows from {int(values.min())} to {int(values.max())}; accepted: "
+            f"0 to {num_rows - 1}, the rows of the group's largest weight"
+        )
+    found: Tensor = torch.unique(values.to(torch.int64))
+    return found
+
+
+def _is_permutation(values: Tensor) -> bool:
+    return bool(torch.equal(values.sort().values.to(torch.int64), torch.arange(values.numel())))
+
+
+def _count(wanted: Any, num_rows: int) -> int:
+    if isinstance(wanted, float):
+        if not 0.0 < wanted <= 1.0:
+            raise _bad_rows(wanted)
+        return max(1, round(wanted * num_rows))
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise _bad_rows(wanted)
+    return min(wanted, num_rows)
+
+
+def _bad_rows(given: Any) -> OptionError:
+    return OptionError(
+        f"kahan_rows={given!r}; accepted: a number of rows, a share in (0, 1], row numbers, one "
+        "count for each row, or a pair (number or share, counts)"
+    )

@@ -1,0 +1,73 @@
+"""Parameters whose gradients exist: many in one launch, with the bits of the specification."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from elmo_compile.kernels import reference
+from elmo_compile.kernels.triton import parameters
+from kernels.triton.cases import bits
+from kernels.updates import UPDATES, tensors, with_copies
+
+TAKEN = [name for name in UPDATES if "rows" not in name]
+FP8 = torch.float8_e4m3fn
+
+
+def items_of(name: str, dtype: torch.dtype, shapes: list[tuple[int, int]]) -> list:
+    """Weights, gradients and updates, each with a parameter number of its own."""
+    torch.manual_seed(0)
+    made = []
+    for number, shape in enumerate(shapes):
+        w = torch.randn(shape).mul(0.3).to(dtype)
+        grad = torch.randn(shape).to(torch.bfloat16)
+        update = dataclasses.replace(UPDATES[name](*shape), param_id=number, seed=2**32 - 1)
+        made.append((w, grad, update))
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8, torch.float32], ids=str)
+@pytest.mark.parametrize("name", TAKEN)
+def test_one_launch_gives_the_bits_of_each(
+    name: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = items_of(name, dtype, [(5, 7), (1, 1030), (70, 31), (3, 1)])
+    launches = []
+    launch = parameters._launch
+    monkeypatch.setattr(parameters, "_launch", lambda *a: (launches.append(a), launch(*a)))
+    mine = [(w.to(device, copy=True), g.to(device), with_copies(u, device)) for w, g, u in items]
+    assert parameters.update_parameters(mine) == []
+    assert len(launches) == 1
+    for (w, grad, update), (got, _, own) in zip(items, mine):
+        truth = with_copies(update)
+        reference.apply_update(w, grad.float(), truth)
+        rooted = update.rule in ("adamw", "adagrad")
+        for key, wanted in {"weight": w, **tensors(truth)}.items():
+            found = {"weight": got, **tensors(own)}[key]
+            if dtype == torch.float32 or rooted or device != "cpu":
+                # a root, or a product contracted with a sum: rarely another grid step
+                step = 1e-6 if found.dtype == torch.float32 else 2.0**-6
+                step = 2.0**-2 if found.element_size() == 1 else step
+                close = {"rtol": step, "atol": min(step, 2.0**-9)}
+                torch.testing.assert_close(found.cpu().float(), wanted.float(), **close)
+            else:
+                assert torch.equal(bits(found), bits(wanted)), key
+
+
+def test_unlike_parameters_take_a_launch_each_and_the_rest_is_left(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = []
+    monkeypatch.setattr(parameters, "_launch", lambda *a: launches.append(a))
+    items = [
+        *items_of("sgd", torch.bfloat16, [(5, 7), (8, 8)]),
+        *items_of("sgd", torch.float32, [(5, 7)]),
+        *items_of("adamw", torch.bfloat16, [(5, 7)]),
+        *items_of("kahan rows", torch.bfloat16, [(50, 7)]),
+        *items_of("sgd", torch.float64, [(5, 7)]),
+    ]
+    rest = parameters.update_parameters([(w.to(device), g.to(device), u) for w, g, u in items])
+    assert len(launches) == 3
+    assert [u.kahan_rows is not None or w.dtype == torch.float64 for w, _, u in rest] == [True] * 2
