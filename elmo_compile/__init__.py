@@ -4,7 +4,7 @@
 never hold the logits; with `elmo_compile.optim` the weight gradient never exists either.
 """
 
-from elmo_compile import heads, integrations, metrics, optim, testing
+from elmo_compile import distributed, heads, integrations, metrics, optim, testing
 from elmo_compile.config import Options
 from elmo_compile.errors import (
     ElmoError,
@@ -39,6 +39,7 @@ __all__ = [
     "TopK",
     "convert_head",
     "dequantize_head",
+    "distributed",
     "exclude",
     "explain",
     "heads",

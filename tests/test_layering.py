@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": {"kernels", "planner", "numerics"},
     "cli": {"bench", "explain", "planner", "report", "<root>"},
     "<root>": {
+        "distributed",
         "explain",
         "heads",
         "integrations",

@@ -129,22 +129,23 @@ def exclude(module: M) -> M:
     return module
 
 
-def find_head(model: nn.Module, name: str | None) -> tuple[str, nn.Linear]:
+def find_head(
+    model: nn.Module, name: str | None, who: str = "convert_head"
+) -> tuple[str, nn.Linear]:
     """The nn.Linear called `name`, or the one with the most outputs. Raises ElmoError."""
     linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     if name is not None:
         if name not in linears:
             raise OptionError(
-                f"convert_head: no nn.Linear is called {name!r}; there are: "
-                f"{sorted(linears) or 'none'}"
+                f"{who}: no nn.Linear is called {name!r}; there are: {sorted(linears) or 'none'}"
             )
         return name, linears[name]
     if not linears:
-        raise ElmoError("convert_head: the model has no nn.Linear; name= another kind of head")
+        raise ElmoError(f"{who}: the model has no nn.Linear; name= another kind of head")
     path = max(linears, key=lambda p: linears[p].out_features)
     rivals = [p for p in linears if linears[p].out_features == linears[path].out_features]
     if len(rivals) > 1:
-        raise ElmoError(f"convert_head: {rivals} have equally many outputs; say which with name=")
+        raise ElmoError(f"{who}: {rivals} have equally many outputs; say which with name=")
     return path, linears[path]
 
 

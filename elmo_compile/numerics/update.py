@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.formats import StorageFormat
 from elmo_compile.numerics.philox import MOMENTUM, SECOND_MOMENT
 
@@ -62,7 +63,7 @@ class Update:
     """Add the weight's rounding error to the first state (ECO): no master weights are missed."""
     error: float = 0.0
     """See `Rates.error`."""
-    state: tuple[Tensor, ...] = ()
+    state: tuple[Tensor | Blockwise, ...] = ()
     """Shaped like the weight: SGD's momentum (or nothing), AdamW's m and v, Lion's m. Adagrad's is
     one float32 number a row. float32, bfloat16 (always rounded stochastically: with rounding to
     nearest it would never decay), or block-wise 8 bits."""
@@ -99,9 +100,16 @@ class Update:
         return self.rule == "adagrad"
 
     @property
-    def moments(self) -> tuple[Tensor, ...]:
+    def moments(self) -> tuple[Tensor | Blockwise, ...]:
         """The state that is shaped like the weight."""
         return () if self.row_wise else self.state
+
+    @property
+    def row_sums(self) -> Tensor:
+        """Adagrad's state."""
+        sums = self.state[0]
+        assert isinstance(sums, Tensor)
+        return sums
 
     @property
     def compensates_all(self) -> bool:

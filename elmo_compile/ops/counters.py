@@ -15,7 +15,7 @@ _EVERY, _ROWS = 64, 256
 
 
 class Counters:
-    """Shares of sampled elements: left unchanged by an update, saturated, zero."""
+    """Shares of sampled elements (that are not NaN): unchanged by an update, saturated, zero."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
@@ -31,15 +31,9 @@ class Counters:
         before, self._before = self._before, None
         if before is None:
             return
-        now, largest = _sample(w_LD), format_of(w_LD.dtype).max
-        found = torch.stack(
-            [
-                (_bits(now) == _bits(before)).sum(),
-                (now.to(torch.float32).abs() >= largest).sum(),
-                (now.to(torch.float32) == 0).sum(),
-                torch.full((), now.numel(), device=now.device),
-            ]
-        ).to(torch.float64)
+        now, largest = _sample(w_LD).to(torch.float32), format_of(w_LD.dtype).max
+        counts = (now == before.to(torch.float32), now.abs() >= largest, now == 0, now == now)
+        found = torch.stack([count.sum() for count in counts]).to(torch.float64)
         self._sums = found if self._sums is None else self._sums.to(found.device) + found
 
     def shares(self, updates: int) -> dict[str, float]:
@@ -55,6 +49,3 @@ def _sample(w_LD: Tensor) -> Tensor:
     """Some rows, evenly spread: a view."""
     return w_LD.detach()[:: max(1, w_LD.shape[0] // _ROWS)]
 
-
-def _bits(t: Tensor) -> Tensor:
-    return t.contiguous().view({1: torch.uint8, 2: torch.int16}[t.element_size()])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from elmo_compile.errors import FusedUpdateError, OptionError
+from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.philox import ROUNDING_VERSION
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.owners import Owner, Policy, owner_of, register, unregister
@@ -47,13 +48,11 @@ class HeadOptimizer(torch.optim.Optimizer):
         """The rule's fields of the update that is number `step` of a parameter."""
         raise NotImplementedError
 
-    def _new_slot(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
-        """A state tensor's first value."""
-        return state.new_state(param, group["state_dtype"], signed=name != "exp_avg_sq")
-
-    def _placed(self, held: Tensor, param: Tensor, group: dict[str, Any]) -> Tensor:
-        """A state tensor where its parameter is now."""
-        return state.placed(held, param, group["state_dtype"])
+    def _slot(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor | Blockwise:
+        """A state tensor, made at its first use, where its parameter is now."""
+        return state.slot(
+            self.state[param], name, param, group["state_dtype"], signed=name != "exp_avg_sq"
+        )
 
     # Parameters
 
@@ -255,12 +254,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         step, lr = held.get("step", 0), float(group["lr"])
         if group["accumulate"] == "step_each" and not options._linear(group):
             lr /= group["micro_batches"]
-        tensors = []
-        for name in self._slots(group):
-            if name not in held:
-                held[name] = self._new_slot(name, param, group)
-            held[name] = self._placed(held[name], param, group)
-            tensors.append(held[name])
+        tensors = [self._slot(name, param, group) for name in self._slots(group)]
         rounding, compensation, rows = self._compensation(group, param)
         return Update(
             lr=lr,

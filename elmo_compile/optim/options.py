@@ -9,15 +9,12 @@ import torch
 from torch import Tensor
 
 from elmo_compile.errors import OptionError
+from elmo_compile.optim.state import DTYPES
 
 HOW = ("fused", "update_at", "accumulate", "micro_batches", "max_norm", "nonfinite")
 """Entries of a group that say how to update, not by how much: they stay as constructed."""
 ROUNDINGS = ("stochastic", "nearest", "kahan")
 ACCUMULATE = ("error", "stash", "step_each", "materialize")
-STATE_DTYPES = {
-    "float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit",
-    torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, None: None,
-}  # fmt: skip
 
 
 def number(name: str, value: Any, *, low: float = 0.0, below: float = math.inf) -> None:
@@ -73,7 +70,7 @@ def check_group(group: dict[str, Any]) -> None:
 def _check_storage(group: dict[str, Any]) -> None:
     """State dtypes, compensation and ECO."""
     if "state_dtype" in group:
-        accepted = tuple(STATE_DTYPES)
+        accepted = tuple(DTYPES)
         if not isinstance(group["state_dtype"], str | torch.dtype | None):
             raise OptionError(f"state_dtype={group['state_dtype']!r}; accepted: {accepted}")
         choice("state_dtype", group["state_dtype"], accepted)
@@ -98,7 +95,7 @@ def _check_storage(group: dict[str, Any]) -> None:
 
 def _need_torchao() -> None:
     try:
-        import torchao.optim  # noqa: F401
+        import torchao.optim.quant_utils  # noqa: F401
     except ImportError as error:
         raise OptionError(
             f"state_dtype='8bit' stores torchao's block-wise format: pip install torchao ({error})"

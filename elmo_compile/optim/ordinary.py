@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from elmo_compile.errors import OptionError
+from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.rows import update_matrices, update_some_rows
-from elmo_compile.optim.state import is_blockwise
 
 Item = tuple[Tensor, Tensor, Update]
 
@@ -52,7 +52,8 @@ class _Matrix:
         self._copies: list[tuple[Tensor, Tensor]] = []
         if param.is_complex():
             update = dataclasses.replace(
-                update, state=tuple(torch.view_as_real(s) for s in update.moments)
+                update,
+                state=tuple(torch.view_as_real(s) for s in update.moments if isinstance(s, Tensor)),
             )
             param, grad = torch.view_as_real(param), torch.view_as_real(grad)
         shape = self._shape(param, update)
@@ -61,7 +62,9 @@ class _Matrix:
         if not self.grad_RD.is_contiguous():
             self.grad_RD = self.grad_RD.contiguous()
         if not update.row_wise:
-            state = tuple(s if is_blockwise(s) else self._rows(s, shape) for s in update.state)
+            state = tuple(
+                s if isinstance(s, Blockwise) else self._rows(s, shape) for s in update.state
+            )
             update = dataclasses.replace(update, state=state)
         if update.compensates_all and update.compensation is not None:
             compensation = self._rows(update.compensation, shape)

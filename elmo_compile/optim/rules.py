@@ -260,12 +260,14 @@ class Adagrad(HeadOptimizer):
     def _rule(self, group: dict[str, Any], step: int, lr: float) -> dict[str, Any]:
         return {"rule": "adagrad", "eps": group["eps"]}
 
-    def _new_slot(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
-        values = torch.view_as_real(param) if param.is_complex() else param
-        columns = values.shape[-1] if values.dim() > 1 else 1
-        rows = values.numel() // columns if columns else 0
-        dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-        return torch.zeros(rows, dtype=dtype, device=param.device)
-
-    def _placed(self, held: Tensor, param: Tensor, group: dict[str, Any]) -> Tensor:
-        return held.to(param.device)
+    def _slot(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
+        held = self.state[param]
+        if name not in held:
+            values = torch.view_as_real(param) if param.is_complex() else param
+            columns = values.shape[-1] if values.dim() > 1 else 1
+            rows = values.numel() // columns if columns else 0
+            dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+            held[name] = torch.zeros(rows, dtype=dtype, device=param.device)
+        held[name] = held[name].to(param.device)
+        found: Tensor = held[name]
+        return found

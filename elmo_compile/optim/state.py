@@ -6,13 +6,21 @@ parameter seen as a matrix.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from elmo_compile.errors import OptionError
+from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.formats import is_narrow
+
+DTYPES: dict[Any, Any] = {
+    None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit",
+    torch.float32: torch.float32, torch.bfloat16: torch.bfloat16,
+}  # fmt: skip
+"""What `state_dtype` may be, and what it means (None: by the weight's dtype)."""
 
 _BLOCK, _LEAST_BLOCK = 256, 32
 """Elements that share a scale in 8-bit state, at most and at least."""
@@ -30,38 +38,51 @@ def default_dtype(weight: torch.dtype) -> torch.dtype:
 
 
 def state_dtype(weight: torch.dtype, wanted: Any) -> torch.dtype:
-    """The dtype of a plain state tensor."""
-    if weight == torch.float64 or weight.is_complex or not isinstance(wanted, torch.dtype):
+    """The dtype of a plain state tensor; `wanted` as in `DTYPES`."""
+    dtype = DTYPES[wanted]
+    if weight == torch.float64 or weight.is_complex or not isinstance(dtype, torch.dtype):
         return default_dtype(weight)
-    return wanted
+    return dtype
 
 
-def new_state(param: Tensor, wanted: Any, *, signed: bool) -> Tensor:
-    """Zeros shaped like a parameter, in the dtype asked for.
+def slot(
+    held: dict[str, Any], name: str, param: Tensor, wanted: Any, *, signed: bool
+) -> Tensor | Blockwise:
+    """A state shaped like its parameter, zeros at first, where and as the parameter is now.
 
     Args:
-        wanted: a dtype, "8bit" or None (as the weight; bf16 for fp8).
+        held: the parameter's state, which it is kept in (8 bits: as codes and, under `name` +
+            "_scale", scales).
+        wanted: a key of `DTYPES`.
         signed: whether values may be negative (8 bits have a table for each).
     """
     if wanted == "8bit" and _takes_8bit(param):
-        from torchao.optim.subclass_8bit import OptimState8bit
-
-        size = _block_size(param)
-        made: Tensor = OptimState8bit.zeros(param.shape, signed, size, param.device)
-        return made
-    return torch.zeros_like(param, dtype=state_dtype(param.dtype, wanted))
-
-
-def is_blockwise(state: Any) -> bool:
-    """Whether a state is torchao's 8-bit format."""
-    return hasattr(state, "qmap") and hasattr(state, "codes")
+        return _blockwise_slot(held, name, param, signed)
+    if name not in held:
+        held[name] = torch.zeros_like(param, dtype=state_dtype(param.dtype, wanted))
+    held[name] = held[name].to(param.device, state_dtype(param.dtype, wanted))
+    found: Tensor = held[name]
+    return found
 
 
-def placed(state: Tensor, param: Tensor, wanted: Any) -> Tensor:
-    """A state where its parameter is now: `.to()` may have moved or cast the model."""
-    if is_blockwise(state):
-        return state if state.device == param.device else state.to(param.device)
-    return state.to(param.device, state_dtype(param.dtype, wanted))
+def _blockwise_slot(held: dict[str, Any], name: str, param: Tensor, signed: bool) -> Blockwise:
+    table, scales = _table(signed).to(param.device), f"{name}_scale"
+    if name not in held:
+        blocks = param.numel() // _block_size(param)
+        zero = int((table == 0).nonzero()[0, 0])
+        held[name] = torch.full_like(param, zero, dtype=torch.uint8)
+        held[scales] = torch.zeros(blocks, device=param.device)
+    for key in (name, scales):
+        held[key] = held[key].to(param.device)
+    return Blockwise(held[name], held[scales], table)
+
+
+@functools.cache
+def _table(signed: bool) -> Tensor:
+    """The 256 values of the dynamic 8-bit type, ascending, as torchao has them."""
+    from torchao.optim.quant_utils import create_dynamic_map
+
+    return torch.tensor(create_dynamic_map(signed=signed))
 
 
 def _takes_8bit(param: Tensor) -> bool:

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from elmo_compile.kernels.aten import blockwise, steps
+from elmo_compile.kernels.aten import steps
 from elmo_compile.kernels.aten.compiled import SMALL, piece
 from elmo_compile.kernels.aten.lanes import as_words, halves_order
 from elmo_compile.numerics import philox
+from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.formats import is_narrow
 from elmo_compile.numerics.update import STATE_STREAMS, Update, accumulate_rows
 
@@ -30,7 +31,7 @@ def choose_layout(w_LD: Tensor, dw: torch.dtype, update: Update | None) -> Layou
     """The fastest layout that a weight, its gradient's dtype and its state allow."""
     if dw != torch.bfloat16:
         return "plain"
-    state: tuple[Tensor, ...] = () if update is None else update.moments
+    state: tuple[Any, ...] = () if update is None else update.moments
     all_kahan = update is not None and update.compensates_all
     if w_LD.dtype == torch.float8_e4m3fn and _whole_words(w_LD) and not state and not all_kahan:
         return "quads" if update is None or update.rounding == "stochastic" else "plain"
@@ -55,7 +56,7 @@ class ChunkUpdate:
         self._plain_columns = self._columns if per_word == 1 else None
         compensation = update.compensation
         rounded = update.rounding == "stochastic" and not update.compensates_all
-        needed: list[tuple[int, Tensor | None]] = [
+        needed: list[tuple[int, Any]] = [
             (philox.WEIGHT, w_LD if rounded else None),
             *zip(STATE_STREAMS, (*update.moments, None, None)),
             (philox.COMPENSATION, compensation),
@@ -74,12 +75,12 @@ class ChunkUpdate:
         update, w = self._update, self._w_LD[start:stop]
         keys = [key.of(start, stop) if key else None for key in self._keys]
         if update.row_wise:
-            a = update.state[0][start:stop]
+            a = update.row_sums[start:stop]
             piece(steps.accumulate_rows_, self._fast)(a, dw, scale)
             state: list[Any] = [a[:, None], None]
         else:
-            held = [blockwise.load(s, start, stop) for s in update.moments]
-            state = [*held, None, None][:2]
+            state = [_load(s, start, stop) for s in update.moments]
+            state = [*state, None, None][:2]
         if update.kahan_rows is not None:
             run = self._compensated(start, stop, dw, scale, state, keys)
         c = update.compensation[start:stop] if update.compensates_all else None  # type: ignore[index]
@@ -87,7 +88,8 @@ class ChunkUpdate:
         if update.kahan_rows is not None:
             run()
         for stored, value in zip(update.moments, state):
-            blockwise.store(stored, start, stop, value)
+            if isinstance(stored, Blockwise):
+                stored.store(start, stop, value)
 
     def _run(
         self,
@@ -177,8 +179,8 @@ def update_given_rows(w_RD: Tensor, rows_K: Tensor, grad_KD: Tensor, update: Upd
         work = torch.float64 if w_RD.dtype == torch.float64 else torch.float32
         sum_K1: Tensor | None = None
         if update.row_wise:
-            a_K = accumulate_rows(update.state[0][rows_K], grad_KD)
-            update.state[0][rows_K] = a_K
+            a_K = accumulate_rows(update.row_sums[rows_K], grad_KD)
+            update.row_sums[rows_K] = a_K
             sum_K1 = a_K[:, None]
         key_K = None
         if is_narrow(w_RD.dtype) and update.rounding == "stochastic":
@@ -225,6 +227,11 @@ def restore_columns(columns: Tensor) -> Tensor:
     """Columns in `halves_order` back in their own."""
     order = halves_order(columns.shape[1], columns.device)
     return torch.empty_like(columns).index_copy_(1, order, columns)
+
+
+def _load(state: Tensor | Blockwise, start: int, stop: int) -> Tensor:
+    """Rows of a state: the stored ones, or their values as float32."""
+    return state.load(start, stop) if isinstance(state, Blockwise) else state[start:stop]
 
 
 def _whole_words(t: Tensor) -> bool:

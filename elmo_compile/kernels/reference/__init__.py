@@ -11,6 +11,7 @@ from torch import Tensor
 
 from elmo_compile.kernels.problem import Forward, Gradients, HeadProblem, UpdateResult
 from elmo_compile.numerics import losses, philox
+from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.formats import format_of, is_narrow
 from elmo_compile.numerics.losses import CE, Positives
 from elmo_compile.numerics.rounding import round_nearest, round_stochastic_bits
@@ -86,7 +87,7 @@ def apply_update(
 ) -> None:
     """Update a weight, its state and its compensation in place from a whole gradient."""
     if update.row_wise:
-        update.state[0].copy_(accumulate_rows(update.state[0], grad_LD))
+        update.row_sums.copy_(accumulate_rows(update.row_sums, grad_LD))
     compensated_L = torch.zeros(w_LD.shape[0], dtype=torch.bool, device=w_LD.device)
     c_LD = torch.zeros(w_LD.shape, dtype=work, device=w_LD.device)
     rows_H = torch.arange(w_LD.shape[0]) if update.kahan_rows is None else update.kahan_rows
@@ -96,6 +97,9 @@ def apply_update(
     plain = _advanced(w_LD, grad_LD, None, update, work)
     kahan = _advanced(w_LD, grad_LD, c_LD, update, work)
     for out, value, stream in zip(update.moments, plain[1], STATE_STREAMS):
+        if isinstance(out, Blockwise):
+            out.store(0, w_LD.shape[0], value.to(torch.float32))
+            continue
         # A narrow state is rounded stochastically whatever the weight does: with rounding to
         # nearest it would never decay.
         out.copy_(_rounded(value, out.dtype, update, stream))
@@ -116,9 +120,12 @@ def _advanced(
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """`numerics.update.advance` on the whole weight, compensated or not."""
     stream = philox.WEIGHT if update.rounding == "stochastic" and c_LD is None else None
-    state = tuple(s.to(work) for s in update.moments)
+    state = tuple(
+        (s.load(0, w_LD.shape[0]) if isinstance(s, Blockwise) else s).to(work)
+        for s in update.moments
+    )
     if update.row_wise:
-        state = (update.state[0].to(work)[:, None],)
+        state = (update.row_sums.to(work)[:, None],)
     return advance(
         update.form, w_LD.to(work), grad_LD, state, c_LD, update.rates,
         lambda v: _rounded(v, w_LD.dtype, update, stream).to(work),

@@ -26,6 +26,7 @@ from elmo_compile.kernels.triton.rules import (
     with_error,
 )
 from elmo_compile.kernels.triton.storage import rounded, widen
+from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.formats import format_of, is_narrow
 from elmo_compile.numerics.philox import COMPENSATION, WEIGHT, counter_words
 from elmo_compile.numerics.update import (
@@ -162,7 +163,7 @@ def _kind(w: Tensor, grad: Tensor, update: Update) -> Any:
     """What one launch has in common, as items of the kernel's constants; None: not for it."""
     state, c = update.moments, update.compensation
     tensors = [w, grad, *state, *([] if c is None else [c])]
-    if update.kahan_rows is not None or any(hasattr(s, "qmap") for s in state):
+    if update.kahan_rows is not None or any(isinstance(s, Blockwise) for s in state):
         return None
     if any(t.dtype not in _TYPES or not t.is_contiguous() for t in tensors):
         return None
@@ -190,10 +191,10 @@ def _launch(kind: dict[str, Any], items: Sequence[Item]) -> None:
     table, rates, blocks = [], [], []
     for number, (w, grad, update) in enumerate(items):
         if update.row_wise:
-            update.state[0].copy_(accumulate_rows(update.state[0], grad))
+            update.row_sums.copy_(accumulate_rows(update.row_sums, grad))
         words = counter_words(update.seed, update.param_id, update.step, WEIGHT)
         moments = [s.data_ptr() for s in update.moments] + [0, 0]
-        sums = update.state[0].data_ptr() if update.row_wise else 0
+        sums = update.row_sums.data_ptr() if update.row_wise else 0
         c = 0 if update.compensation is None else update.compensation.data_ptr()
         table += [w.data_ptr(), grad.data_ptr(), *moments[:2], sums, c, w.numel(), w.shape[1]]
         table += [_signed(word) for word in words]

@@ -26,6 +26,7 @@ from elmo_compile.kernels.triton.rules import (
     with_error,
 )
 from elmo_compile.kernels.triton.storage import narrow, rounded, widen
+from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.formats import format_of, is_narrow
 from elmo_compile.numerics.philox import COMPENSATION, WEIGHT, counter_words
 from elmo_compile.numerics.update import STATE_STREAMS, Update, half_step_at_largest
@@ -291,7 +292,11 @@ class WeightGradient:
             counter_words(update.seed, update.param_id, update.step, stream)
             for stream in (WEIGHT, *STATE_STREAMS, COMPENSATION)
         ]
-        first, second = (*(s[start:stop] for s in update.moments), None, None)[:2]
+        held = [
+            s.load(start, stop) if isinstance(s, Blockwise) else s[start:stop]
+            for s in update.moments
+        ]
+        first, second = (*held, None, None)[:2]
         c, slots = self._compensation(update, start, stop)
         w_LD = self._call.problem.w_LD
         narrow_format = format_of(w_LD.dtype) if is_narrow(w_LD.dtype) else None
@@ -302,7 +307,7 @@ class WeightGradient:
             self._call.w_LD[start:stop],
             first,
             second,
-            update.state[0][start:stop] if update.row_wise else None,
+            update.row_sums[start:stop] if update.row_wise else None,
             c,
             slots,
             guard,
@@ -327,6 +332,10 @@ class WeightGradient:
             **arguments,
         )
 
+        for stored, value in zip(update.moments, held):
+            if isinstance(stored, Blockwise):
+                stored.store(start, stop, value, None if guard is None else guard[0] != 0)
+
     def _compensation(
         self, update: Update, start: int, stop: int
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -350,7 +359,7 @@ class WeightGradient:
         squares_L *= self._unit.double().square() / self._x_ND.shape[1]
         if guard is not None:
             squares_L = torch.where(guard == 0, squares_L, 0.0)
-        update.state[0][start:stop] += squares_L.to(update.state[0].dtype)
+        update.row_sums[start:stop] += squares_L.to(update.row_sums.dtype)
 
     def add_norm(self, g_NL: Tensor, L: int) -> None:
         """Add a chunk to the squared norm of dw."""

@@ -1,0 +1,53 @@
+"""DistributedDataParallel for everything but the heads, which gather features instead.
+
+DDP reduces the gradients of the parameters it was given: for a head that is a tensor of L x D. With
+`update_at="step"` a head's gradient follows from N x D features and targets, so these are gathered,
+and every process makes the same update with the same random bits.
+Private names of torch: `DDP._set_params_and_buffers_to_ignore_for_model` (2.11 to 2.15).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from elmo_compile.heads.convert import find_head
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def ignore_heads(model: _Model, *, names: Sequence[str] | None = None) -> _Model:
+    """Keep the weights of a model's heads out of DistributedDataParallel, before wrapping it.
+
+    To be used with an optimizer of this package with `update_at="step"`. The weights are made equal
+    to those of process 0, as DDP does for what it manages. Biases stay with DDP.
+
+    Args:
+        model: what `DistributedDataParallel` is then called with.
+        names: of the heads (nn.Linear); None: the one with the most outputs.
+
+    Returns:
+        `model`.
+
+    Raises:
+        OptionError: no such layer.
+        ElmoError: it is not clear which layer is meant.
+    """
+    chosen = [find_head(model, name, who="ignore_heads") for name in names or (None,)]
+    ignored = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    for path, head in chosen:
+        own = f"{path}.weight" if path else "weight"
+        ignored += [own, f"_orig_mod.{own}"]  # the second: as a compiled model names it
+        if dist.is_available() and dist.is_initialized():
+            with torch.no_grad():
+                stored = head.weight.detach()
+                raw = stored.view(torch.uint8) if stored.element_size() == 1 else stored
+                dist.broadcast(raw, src=0)
+                torch.autograd.graph.increment_version(head.weight)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]
+    return model
