@@ -47,7 +47,7 @@ class LowPrecisionLinear(nn.Linear):
             torch.empty(head.weight.shape, dtype=dtype, device=device),
             requires_grad=head.weight.requires_grad,
         )
-        new.weight.grad_dtype = torch.float32
+        new.weight.grad_dtype = None
         if head.bias is not None:
             bias = torch.empty(head.bias.shape, dtype=torch.float32, device=device)
             new.bias = nn.Parameter(bias, requires_grad=head.bias.requires_grad)

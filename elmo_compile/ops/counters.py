@@ -48,4 +48,3 @@ class Counters:
 def _sample(w_LD: Tensor) -> Tensor:
     """Some rows, evenly spread: a view."""
     return w_LD.detach()[:: max(1, w_LD.shape[0] // _ROWS)]
-

@@ -34,8 +34,8 @@ class Carrier(torch.autograd.Function):
 
 def carry(weight: Tensor) -> Tensor:
     """The carrier of `weight`, whose `.grad` will be float32 and accumulate as usual."""
-    if weight.is_leaf and weight.requires_grad and weight.grad_dtype != torch.float32:
-        weight.grad_dtype = torch.float32
+    if weight.is_leaf and weight.requires_grad and weight.grad_dtype is not None:
+        weight.grad_dtype = None
     carrier: Tensor = Carrier.apply(weight)  # type: ignore[no-untyped-call]
     return carrier
 

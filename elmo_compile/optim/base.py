@@ -19,6 +19,10 @@ from elmo_compile.optim import guards, options, state, whole
 from elmo_compile.optim.ordinary import apply_updates
 
 
+_INNER = {"params", "param_ids", "param_names", "rounding_version"}
+"""Entries of a group that nobody asked for."""
+
+
 class Member(NamedTuple):
     """One parameter of an optimizer."""
 
@@ -85,6 +89,17 @@ class HeadOptimizer(torch.optim.Optimizer):
             format's largest value) and `zero`.
         """
         return {o.name: o.counters.shares(o.updates) for o in self._owners if o.in_use}
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} ("]
+        for number, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {number}")
+            for name in sorted(group.keys() - _INNER):
+                value = group[name]
+                if isinstance(value, Tensor) and value.dim():
+                    value = f"{value.numel()} rows"
+                lines.append(f"    {name}: {value}")
+        return "\n".join([*lines, ")"])
 
     # Steps
 
@@ -251,7 +266,7 @@ class HeadOptimizer(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], param: Tensor, param_id: int) -> Update:
         """The next update of a parameter, with the state it needs (made here at first)."""
         held = self.state[param]
-        step, lr = held.get("step", 0), float(group["lr"])
+        step, lr = int(held.get("step", 0)), float(group["lr"])
         if group["accumulate"] == "step_each" and not options._linear(group):
             lr /= group["micro_batches"]
         tensors = [self._slot(name, param, group) for name in self._slots(group)]
@@ -291,7 +306,9 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     def _count(self, param: Tensor) -> None:
         held = self.state[param]
-        held["step"] = held.get("step", 0) + 1
+        # A tensor, since distributed checkpoints restore nothing else; a new one, since a state
+        # dict that was taken holds the old.
+        held["step"] = torch.tensor(int(held.get("step", 0)) + 1)
 
     def _warn_if_nothing_fused(self) -> None:
         first, self._stepped = not self._stepped, True
