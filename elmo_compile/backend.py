@@ -14,12 +14,13 @@ from elmo_compile import ops
 from elmo_compile.config import Options
 from elmo_compile.errors import ElmoError, NotRewritten, OptionError
 from elmo_compile.lowering import lower
+from elmo_compile.ops.owners import update_shares
 from elmo_compile.passes.graphs import copy_module, sites, source_of
 from elmo_compile.passes.pipeline import Analysis, analyze
 from elmo_compile.passes.plan import unmatched_lowp
 from elmo_compile.passes.records import PlannedHead
 from elmo_compile.report.records import Code, Match, Refusal, Section
-from elmo_compile.report.store import record
+from elmo_compile.report.store import record, tell_updates
 from elmo_compile.runtime import CompiledGraph
 
 
@@ -46,6 +47,9 @@ def elmo_backend(
         return _compile(gm, example_inputs, mode, options)
     except ElmoError as error:
         return functools.partial(_raise, error)
+
+
+tell_updates(update_shares)
 
 
 def _raise(error: ElmoError, *_: Any) -> Any:

@@ -237,7 +237,7 @@ def _owner(head: PlannedHead, weight: Tensor, inputs: Sequence[Any]) -> tuple[Ow
 
 def _check_usable(head: PlannedHead, treatment: Treatment, inputs: Sequence[Any]) -> None:
     """Raise FusedUpdateError where a head must not be called: its weight is half updated, or its
-    backward would update it where that is refused. (Never while compiling: Dynamo would keep it.)"""
+    backward would update it where that is refused. Not while compiling: Dynamo would keep it."""
     if treatment.owner is not None:
         treatment.owner.check_call()
     elif head.weight_input is not None:

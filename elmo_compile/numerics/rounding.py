@@ -81,6 +81,39 @@ def round_stochastic_bits(v: Tensor, r: Tensor, fmt: StorageFormat) -> Tensor:
     return q.view(torch.float32)
 
 
+def nearest_on_grid(v: Tensor, fmt: StorageFormat) -> Tensor:
+    """Round float32 values to the grid of a format, to nearest even: `round_nearest` in float32.
+
+    On bits, with no narrow tensor in between: a compiler may leave out a cast to bf16 and back, and
+    what was to be the rounding error of a weight is then 0.
+
+    Args:
+        v: float32, any shape.
+        fmt: the target format.
+
+    Returns:
+        float32 values on the format's grid.
+    """
+    bits = v.view(torch.int32)
+    n = fmt.random_bits
+    if fmt.shift:
+        a = v.abs().clamp_max(fmt.max)
+        code = a.view(torch.int32)
+        # Below min_normal the step is constant: this sum has it as its last bit, and rounds to it.
+        magic = fmt.min_step * 2.0**23
+        small = ((a + magic) - magic).view(torch.int32)
+    else:
+        code = (bits & _MAGNITUDE).clamp_max(_bits(fmt.max))
+        small = None
+    q = (code + ((1 << (n - 1)) - 1) + ((code >> n) & 1)) & ~fmt.random_mask
+    if small is not None:
+        q = torch.where(code < _bits(fmt.min_normal), small, q)
+    if fmt.keeps_inf:
+        q = torch.where((bits & _MAGNITUDE) == _INF, _INF, q)
+    q = torch.where(v != v, _NAN, q | (bits & _SIGN))
+    return q.view(torch.float32)
+
+
 def round_nearest(v: Tensor, dtype: torch.dtype) -> Tensor:
     """Round to the nearest value of a format, ties to even, saturating finite overflow.
 

@@ -326,6 +326,11 @@ def live_owners() -> list[Owner]:
     return list(_by_key.values())
 
 
+def update_shares() -> dict[str, dict[str, float]]:
+    """The counters of every fused head, by its name."""
+    return {o.name: o.counters.shares(o.updates) for o in live_owners() if o.in_use}
+
+
 def new_serial() -> int:
     """A number that names one forward call."""
     return next(_serials)

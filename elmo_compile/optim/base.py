@@ -18,7 +18,6 @@ from elmo_compile.ops.owners import Owner, Policy, owner_of, register, unregiste
 from elmo_compile.optim import guards, options, state, whole
 from elmo_compile.optim.ordinary import apply_updates
 
-
 _INNER = {"params", "param_ids", "param_names", "rounding_version"}
 """Entries of a group that nobody asked for."""
 

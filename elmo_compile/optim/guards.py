@@ -1,8 +1,8 @@
 """What must see a gradient that does not exist is stopped, loudly.
 
 A fused head's weight has no gradient, so clipping by norm would silently leave it out, and a
-scaled loss would be applied to it scaled. Four functions of torch are wrapped, once, when the first fused
-optimizer is made; the wrappers do nothing unless a fused head is involved. With `update_at="step"`
+scaled loss would be applied to it scaled. Functions of torch are wrapped, once, when the first
+fused optimizer is made; the wrappers do nothing unless a fused head is involved. With `update_at="step"`
 GradScaler works: what a head kept is unscaled and looked at with the gradients.
 
 Private names: `torch.nn.utils.clip_grad._clip_grads_with_norm_`, looked up by `clip_grad_norm_` at
@@ -15,6 +15,7 @@ made is not.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -77,7 +78,13 @@ def _wrap(where: Any, name: str, check: Any) -> None:
 
 
 def _refuse_clipping(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Check the parameters; a generator of them is replaced by what it gave."""
+    """Check the parameters; a generator of them is replaced by what it gave.
+
+    A limit of infinity clips nothing: it is how trainers ask for the norm of what has gradients.
+    """
+    limit = args[1] if len(args) > 1 else kwargs.get("max_norm", kwargs.get("clip_value"))
+    if limit is not None and float(limit) == math.inf:
+        return args, kwargs
     given = args[0] if args else kwargs["parameters"]
     params = [given] if isinstance(given, Tensor) else list(given)
     for param in params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -121,6 +122,9 @@ class Report:
     """What was done to one compiled program: a section for each of its graphs."""
 
     sections: tuple[Section, ...] = ()
+    updates: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    """Fused heads of this process, when the report was asked for: `updates` so far, and of a sample
+    the shares `unchanged` by an update (rounded to nearest: lost), `saturated` and `zero`."""
 
     @property
     def matches(self) -> tuple[Match, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Mapping
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -27,11 +29,20 @@ def render(report: Report) -> str:
         lines += [Text(f"  note: {note}") for note in dict.fromkeys((*match.notes, *plan.notes))]
     for refusal in report.refusals:
         lines += [Text(""), Text(_refused(refusal))]
+    for name, shares in report.updates.items():
+        lines.append(Text(_updated(name, shares)))
     console = Console(file=io.StringIO(), width=WIDTH, no_color=True, legacy_windows=False)
     with console.capture() as capture:
         for line in lines:
             console.print(line)
     return "\n".join(row.rstrip() for row in capture.get().splitlines())
+
+
+def _updated(name: str, shares: Mapping[str, float]) -> str:
+    """One fused head's counters; shares are NaN where nothing is rounded."""
+    text = f"head {name}: {int(shares['updates'])} updates in this process"
+    counted = [f"{k} {shares[k]:.1%}" for k in ("unchanged", "saturated", "zero")]
+    return text if math.isnan(shares["zero"]) else f"{text}; of a sample {', '.join(counted)}"
 
 
 def human_bytes(size: int) -> str:

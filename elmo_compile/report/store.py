@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 from elmo_compile.report.calls import current_call
 from elmo_compile.report.records import Report, Section
@@ -49,16 +49,32 @@ def record(section: Section, *, group: Hashable = None) -> Report:
         return report
 
 
+Updates = dict[str, dict[str, float]]
+_updates: list[Callable[[], Updates]] = []
+
+
+def tell_updates(source: Callable[[], Updates]) -> None:
+    """Let reports show what `source` knows of fused updates (`Report.updates`)."""
+    _updates[:] = [source]
+
+
 def reports() -> tuple[Report, ...]:
     """The reports of this process, oldest first."""
     with _lock:
-        return tuple(entry.report for entry in _entries)
+        found = [entry.report for entry in _entries]
+    return tuple(_with_updates(report) for report in found)
 
 
 def last_report() -> Report:
     """What was compiled last in this process; an empty report if nothing was."""
     with _lock:
-        return _entries[-1].report if _entries else Report()
+        last = _entries[-1].report if _entries else Report()
+    return _with_updates(last)
+
+
+def _with_updates(report: Report) -> Report:
+    updates = _updates[0]() if _updates else {}
+    return dataclasses.replace(report, updates=updates) if updates else report
 
 
 def clear() -> None:

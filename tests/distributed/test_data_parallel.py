@@ -86,5 +86,5 @@ def test_heads_to_ignore_are_named_as_ddp_names_them() -> None:
 def test_what_cannot_be_ignored() -> None:
     with pytest.raises(OptionError, match=r"ignore_heads: no nn.Linear is called 'top'"):
         elmo.distributed.ignore_heads(net(), names=["top"])
-    with pytest.raises(ElmoError, match="ignore_heads: the model has no nn.Linear"):
+    with pytest.raises(ElmoError, match=r"ignore_heads: the model has no nn\.Linear"):
         elmo.distributed.ignore_heads(nn.Embedding(3, 4))

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 
 from elmo_compile.kernels import aten
 from elmo_compile.kernels.aten import compiled, head

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from elmo_compile.kernels import aten, reference
-from elmo_compile.kernels.aten import chunk_update, stored
+from elmo_compile.kernels.aten import chunk_update, head, stored
 from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.numerics.update import Update
 from elmo_compile.testing.budget import assert_within_budget
@@ -192,3 +192,28 @@ def test_layouts_are_taken_where_they_can_be() -> None:
     assert layout(torch.bfloat16, 8, state=(state.bfloat16(),)) == "pairs"
     assert layout(torch.bfloat16, 8, compensation=state.bfloat16()) == "pairs"
     assert layout(FP8, 8, compensation=state.bfloat16()) == "plain"
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw, bf16", "kahan rows", "adagrad"])
+@pytest.mark.parametrize("weight", ["bf16", "fp8"])
+def test_threads_do_not_enter(weight: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled vector code on one thread and on two stores the same bits, for any chunk."""
+    monkeypatch.setattr(head, "SMALL", 0)
+    dtype, compute = WEIGHTS[weight]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads, chunk in ((1, 64), (2, 64), (2, 29)):
+            torch.set_num_threads(threads)
+            p = problem(
+                "bce", weight=dtype, compute=compute, chunk=chunk, bias=False, integers=True,
+                num_outputs=300, num_features=64,
+            )  # fmt: skip
+            p.w_LD.zero_()
+            update = with_copies(UPDATES[name](300, 64))
+            aten.backward_update(p, torch.empty(0), torch.full((7,), 0.5), update)
+            results.append({"weight": p.w_LD, **tensors(update)})
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for key, value in other.items():
+            assert torch.equal(words(value), words(results[0][key])), key

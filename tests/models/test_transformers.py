@@ -19,6 +19,7 @@ from torch import Tensor
 
 import elmo_compile as elmo
 from elmo_compile.deferred import Deferred
+from elmo_compile.errors import FusedUpdateError
 from elmo_compile.report import store
 
 L = 40_000
@@ -292,3 +293,52 @@ def test_trainer(tmp_path: Path) -> None:
     assert float(losses[-1]) < float(losses[0]) - 0.5
     assert seen[0] == (8, 8, L)
     assert {m.loss for r in elmo.reports() for m in r.matches} == {"cross_entropy"}
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_trainer_with_our_optimizer(tmp_path: Path, micro: int) -> None:
+    """`Trainer(optimizers=...)`: scheduler, gradient accumulation and clipping by `max_norm`."""
+    finals = []
+    for fused in (True, False):
+        torch._dynamo.reset()
+        arguments = T.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, num_train_epochs=2,
+            torch_compile=True, torch_compile_backend="elmo", report_to=[], use_cpu=True,
+            save_strategy="no", disable_tqdm=True, gradient_accumulation_steps=micro, seed=0,
+            max_grad_norm=0.0,  # clipping is the optimizer's: it sees the head
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = MODELS["LlamaForCausalLM"]()
+        optimizer = elmo.optim.AdamW(
+            model.parameters(), 1e-2, update_at="step", accumulate="stash", max_norm=0.5,
+            fused=fused,
+        )  # fmt: skip
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        trainer = T.Trainer(
+            model=model, args=arguments, train_dataset=Rows(), optimizers=(optimizer, schedule)
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train()
+        assert bool(optimizer.fused_parameters()) == fused
+        finals.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    for name, value in finals[0].items():
+        torch.testing.assert_close(value, finals[1][name], rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_trainer_s_own_clipping_says_what_to_do(tmp_path: Path) -> None:
+    arguments = T.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, num_train_epochs=1,
+        torch_compile=True, torch_compile_backend="elmo", report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    model = MODELS["LlamaForCausalLM"]()
+    optimizer = elmo.optim.SGD(model.parameters(), 1e-2)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    trainer = T.Trainer(
+        model=model, args=arguments, train_dataset=Rows(), optimizers=(optimizer, schedule)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(FusedUpdateError, match="max_norm="):
+            trainer.train()

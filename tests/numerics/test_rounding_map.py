@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from elmo_compile.numerics.formats import BF16, E4M3, E5M2, FORMATS
-from elmo_compile.numerics.rounding import round_stochastic_bits
+from elmo_compile.numerics.rounding import nearest_on_grid, round_nearest, round_stochastic_bits
 
 FP8 = (E4M3, E5M2)
 
@@ -224,3 +224,31 @@ def test_every_bf16_value_is_a_fixed_point():
     values = values[~values.isnan()]
     got = round_stochastic_bits(values, torch.tensor([[0], [-1]], dtype=torch.int32), BF16)
     assert torch.equal(got.view(torch.int32), values.view(torch.int32).expand(got.shape))
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=by_name)
+def test_nearest_on_grid_is_round_nearest(fmt):
+    """Random bit patterns, subnormals, every tie and its neighbours, what saturates, NaN."""
+    torch.manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (1 << 18,)).to(torch.int32)
+    ties = torch.arange(-512, 512).float() * fmt.min_step / 2
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 2 * fmt.max, 1.01 * fmt.max])
+    near = torch.cat([ties, ties * (1 + 2.0**-23), ties * (1 - 2.0**-23)])
+    v = torch.cat([bits.view(torch.float32), near, special, torch.randn(4096) * fmt.min_normal])
+    got, wanted = nearest_on_grid(v, fmt), round_nearest(v, fmt.dtype).float()
+    assert torch.equal(got.isnan(), wanted.isnan())
+    real = ~got.isnan()
+    assert torch.equal(got[real].view(torch.int32), wanted[real].view(torch.int32))
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=by_name)
+def test_what_rounding_loses_is_not_optimised_away(fmt):
+    """A compiler that leaves out a cast to bf16 and back makes every rounding error 0."""
+    v = torch.rand(1 << 10) * 4 * fmt.min_normal
+
+    def lost(v):
+        return v - nearest_on_grid(v, fmt)
+
+    found = torch.compile(lost)(v)
+    assert found.any()
+    assert torch.equal(found, lost(v))

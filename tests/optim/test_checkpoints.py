@@ -217,7 +217,7 @@ def test_a_crash_in_an_update_is_seen_and_can_be_undone(
         with pytest.raises(type(error)):
             train(step, opt, 1, start=1)
     for use in (lambda: step(*batch(1)), opt.step, opt.state_dict):
-        with pytest.raises(FusedUpdateError, match="inconsistent.*checkpoint"):
+        with pytest.raises(FusedUpdateError, match=r"inconsistent.*checkpoint"):
             use()
     with torch.no_grad(), pytest.raises(FusedUpdateError, match="inconsistent"):
         step(*batch(1))  # nor does it evaluate as if nothing had happened

@@ -316,6 +316,11 @@ def test_counters_tell_what_rounding_did() -> None:
         assert opt.counters() == {}
         train(compiled(model), opt, 3)
         (found,) = opt.counters().values()
+        report = elmo.last_report()
+        assert found in report.updates.values()
+        assert f"3 updates in this process; of a sample unchanged {found['unchanged']:.1%}" in str(
+            report
+        )
         assert found["updates"] == 3
         assert found["saturated"] == 0
         assert 0.2 < found["zero"] < 0.3

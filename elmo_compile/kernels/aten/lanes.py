@@ -13,8 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from elmo_compile.numerics.formats import BF16
-
 _HIGH = -65536  # 0xffff0000
 _E4M3_NAN = 0x7F
 _NAN = 0x7FC00000
@@ -39,13 +37,6 @@ def bf16_bits(v: Tensor) -> Tensor:
     """
     bits = v.view(torch.int32)
     return bits + 0x7FFF + ((bits >> 16) & 1)
-
-
-def nearest_bf16(v: Tensor) -> Tensor:
-    """float32 v on bf16's grid: to nearest even, finite overflow to the largest (round_nearest)."""
-    clamped = v.clamp(-BF16.max, BF16.max)
-    bits = bf16_bits(torch.where(v.abs() == torch.inf, v, clamped)) & _HIGH
-    return torch.where(v == v, bits, _NAN).view(torch.float32)
 
 
 def pack_bf16(even: Tensor, odd: Tensor) -> Tensor:

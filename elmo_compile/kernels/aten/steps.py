@@ -14,7 +14,11 @@ from torch import Tensor
 from elmo_compile.kernels.aten import lanes
 from elmo_compile.numerics import philox
 from elmo_compile.numerics.formats import BF16, E4M3, StorageFormat, format_of, is_narrow
-from elmo_compile.numerics.rounding import round_nearest, round_stochastic_bits
+from elmo_compile.numerics.rounding import (
+    nearest_on_grid,
+    round_nearest,
+    round_stochastic_bits,
+)
 from elmo_compile.numerics.update import Form, Rates, accumulate_rows, advance
 
 
@@ -63,7 +67,7 @@ def plain_(
         if fmt is None:
             return v
         if w_key is None:
-            return round_nearest(v, w.dtype).to(work)
+            return nearest_on_grid(v.to(torch.float32), fmt).to(work)
         return _on_grid(v.to(torch.float32), w_key, d, fmt).to(work)
 
     new_w, state, new_c = advance(
@@ -119,7 +123,7 @@ def lanes_(
 
         def to_grid(v: Tensor, column: Tensor = d + j) -> Tensor:
             if w_key is None:
-                return lanes.nearest_bf16(v)
+                return nearest_on_grid(v, fmt)
             return _on_grid(v, w_key, column, fmt)
 
         v, state, e = advance(

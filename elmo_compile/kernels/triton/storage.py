@@ -164,9 +164,9 @@ def widen_e5m2(v):
 @triton.jit
 def rounded(v, word, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """float32 values in a storage type (E4M3 as bytes): one rounding, by `word` if STOCHASTIC."""
-    if TYPE == tl.uint8:
+    if tl.uint8 == TYPE:
         return to_e4m3_stochastic(v, word) if STOCHASTIC else to_e4m3_nearest(v)
-    elif TYPE == tl.bfloat16:
+    elif tl.bfloat16 == TYPE:
         return to_bf16_stochastic(v, word) if STOCHASTIC else to_bf16_nearest(v)
     else:
         return v.to(TYPE)
