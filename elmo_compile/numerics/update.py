@@ -163,7 +163,7 @@ RULES: dict[str, Callable[[Tensor, Tensor, State, Rates, Form], tuple[Tensor, St
 }  # fmt: skip
 
 
-def accumulate_rows(a_L: Tensor, grad_LD: Tensor, scale: float = 1.0) -> Tensor:
+def accumulate_rows(a_L: Tensor, grad_LD: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """Row-wise Adagrad's `a + mean_d (scale g)^2`, in a's dtype."""
     columns = max(1, grad_LD.shape[1])
     return a_L + grad_LD.to(a_L.dtype).square().sum(1) * (scale * scale / columns)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elmo_compile.numerics.update import Update
 
-Item = tuple[Tensor, Tensor, Update]
+Item = tuple[Tensor, Tensor, Update, Tensor | None]
 
 
 def update_matrices(items: Sequence[Item]) -> None:
@@ -19,7 +19,8 @@ def update_matrices(items: Sequence[Item]) -> None:
     CPU each is one compiled loop.
 
     Args:
-        items: (weight, gradient, update); the update's state is shaped like the weight.
+        items: (weight, gradient, update, None or a scalar that multiplies the gradient); the
+            update's state is shaped like the weight.
     """
     by_device: dict[torch.device, list[Item]] = {}
     for item in items:
@@ -32,8 +33,8 @@ def update_matrices(items: Sequence[Item]) -> None:
             group = update_parameters(group)
         from elmo_compile.kernels.aten.chunk_update import update_rows
 
-        for w_RD, grad_RD, update in group:
-            update_rows(w_RD, grad_RD, update)
+        for w_RD, grad_RD, update, factor in group:
+            update_rows(w_RD, grad_RD, update, 1.0 if factor is None else float(factor))
 
 
 def update_some_rows(w_RD: Tensor, rows_K: Tensor, grad_KD: Tensor, update: Update) -> None:

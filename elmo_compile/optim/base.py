@@ -16,7 +16,7 @@ from elmo_compile.numerics.philox import ROUNDING_VERSION
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.owners import Owner, Policy, owner_of, register, unregister
 from elmo_compile.optim import guards, options, state, whole
-from elmo_compile.optim.ordinary import apply_updates
+from elmo_compile.optim.ordinary import Gradient, apply_updates, check_updates
 
 _INNER = {"params", "param_ids", "param_names", "rounding_version"}
 """Entries of a group that nobody asked for."""
@@ -62,6 +62,7 @@ class HeadOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with hyper-parameters of their own. Raises OptionError."""
         checked = {**self.defaults, **param_group}
+        options.check_names(param_group)
         options.check_group(checked)
         given = param_group["params"]
         param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
@@ -123,24 +124,27 @@ class HeadOptimizer(torch.optim.Optimizer):
             if gradients.must_skip():
                 self.skipped_steps += 1
             else:
-                factors = gradients.clip_factors()
-                fused = {id(owner.param) for owner in self._owners if owner.kept}
-                # Heads first: their second pass reads biases as they were.
-                for owner in self._owners:
-                    group = self._find(owner.param).group
-                    owner.apply_kept(factors.get(id(group)))
-                items = []
-                for member in self._members():
-                    if member.param.grad is not None and id(member.param) not in fused:
-                        grad = whole.scaled(member.param.grad, factors.get(id(member.group)))
-                        items.append((member.param, grad, self._update(*member)))
-                apply_updates(items)
-                for param, _, _ in items:
-                    self._count(param)
+                self._apply(gradients.clip_factors())
         for owner in self._owners:
             owner.close_step()
         self._warn_if_nothing_fused()
         return loss
+
+    def _apply(self, factors: dict[int, Tensor]) -> None:
+        """Update everything; gradients of a group are multiplied by its factor."""
+        kept = {id(owner.param) for owner in self._owners if owner.kept}
+        items = [
+            Gradient(m.param, m.param.grad, self._update(*m), factors.get(id(m.group)))
+            for m in self._members()
+            if m.param.grad is not None and id(m.param) not in kept
+        ]
+        check_updates(items)
+        # Heads first: their second pass reads biases as they were.
+        for owner in self._owners:
+            owner.apply_kept(factors.get(id(self._find(owner.param).group)))
+        apply_updates(items)
+        for item in items:
+            self._count(item.param)
 
     def _evaluate(self, closure: Callable[[], float]) -> float:
         """The closure's loss, unless it would run a fused backward."""

@@ -2,8 +2,8 @@
 
 A fused head's weight has no gradient, so clipping by norm would silently leave it out, and a
 scaled loss would be applied to it scaled. Functions of torch are wrapped, once, when the first
-fused optimizer is made; the wrappers do nothing unless a fused head is involved. With `update_at="step"`
-GradScaler works: what a head kept is unscaled and looked at with the gradients.
+fused optimizer is made; the wrappers do nothing unless a fused head is involved. With
+`update_at="step"` GradScaler works: what a head kept is unscaled and looked at with the gradients.
 
 Private names: `torch.nn.utils.clip_grad._clip_grads_with_norm_`, looked up by `clip_grad_norm_` at
 every call, so that `from torch.nn.utils import clip_grad_norm_` is covered too, and

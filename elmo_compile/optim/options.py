@@ -46,6 +46,25 @@ def betas(value: Any) -> None:
         number(f"betas[{i}]", beta, below=1.0)
 
 
+ELSEWHERE = {
+    "amsgrad": "torch.optim.AdamW",
+    "maximize": "the negative loss",
+    "dampening": "torch.optim.SGD",
+    "differentiable": "torch.optim",
+    "capturable": "torch.optim",
+    "foreach": "nothing: parameters that are alike are updated in one launch",
+    "lr_decay": "torch.optim.lr_scheduler",
+}
+"""Options of torch.optim that mean nothing here, and what to use."""
+
+
+def check_names(group: dict[str, Any]) -> None:
+    """Raise OptionError for an option of torch.optim that would be silently ignored."""
+    for name, instead in ELSEWHERE.items():
+        if group.get(name):
+            raise OptionError(f"{name}={group[name]!r} is not an option here; use {instead}")
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Raise OptionError for a hyper-parameter that is out of range."""
     lr = group["lr"]

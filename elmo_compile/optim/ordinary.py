@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,36 +18,54 @@ from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.rows import update_matrices, update_some_rows
 
-Item = tuple[Tensor, Tensor, Update]
+
+class Gradient(NamedTuple):
+    """A parameter, its gradient, its next update."""
+
+    param: Tensor
+    grad: Tensor
+    update: Update
+    factor: Tensor | None = None
+    """What the gradient is to be multiplied with, a scalar; the tensor stays as it is."""
 
 
-def apply_updates(items: Iterable[Item]) -> None:
-    """Update parameters in place, each (parameter, its gradient, its update).
-
-    Raises:
-        OptionError: a sparse gradient that the update cannot honour. Nothing is modified.
-    """
-    dense: list[Item] = []
-    sparse: list[Item] = []
+def check_updates(items: Iterable[Gradient]) -> None:
+    """Raise OptionError for a sparse gradient that its update cannot honour."""
     for item in items:
-        (sparse if item[1].is_sparse else dense).append(item)
-    for _, _, update in sparse:
-        _check_sparse(update)
-    matrices = [_Matrix(*item) for item in dense]
-    update_matrices([(m.w_RD, m.grad_RD, m.update) for m in matrices])
+        if item.grad.is_sparse:
+            _check_sparse(item.update)
+
+
+def apply_updates(items: Iterable[Gradient]) -> None:
+    """Update parameters in place. `check_updates` comes first."""
+    matrices = []
+    for item in items:
+        if item.grad.is_sparse:
+            _update_rows(item)
+        else:
+            matrices.append(_Matrix(*item[:3]))
+            matrices[-1].factor = item.factor
+    update_matrices([(m.w_RD, m.grad_RD, m.update, m.factor) for m in matrices])
     for matrix in matrices:
         matrix.write_back()
-    for param, grad, update in sparse:
-        grad = grad.coalesce()
-        rows_K, values = grad.indices()[0], grad.values()
-        if rows_K.numel():
-            width = values[0].numel()
-            w_RD = param.view(-1, width)
-            update_some_rows(w_RD, rows_K, values.reshape(-1, width), update)
+
+
+def _update_rows(item: Gradient) -> None:
+    grad = item.grad.coalesce()
+    rows_K, values = grad.indices()[0], grad.values()
+    if not rows_K.numel():
+        return
+    if item.factor is not None:
+        wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+        values = values.to(wide) * item.factor.to(values.device, wide)
+    width = values[0].numel()
+    update_some_rows(item.param.view(-1, width), rows_K, values.reshape(-1, width), item.update)
 
 
 class _Matrix:
     """A parameter, its gradient and its state as contiguous matrices."""
+
+    factor: Tensor | None = None
 
     def __init__(self, param: Tensor, grad: Tensor, update: Update) -> None:
         self._copies: list[tuple[Tensor, Tensor]] = []

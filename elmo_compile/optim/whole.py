@@ -90,22 +90,6 @@ def _square(grad: Tensor) -> Tensor:
     return found.square()
 
 
-def scaled(grad: Tensor, factor: Tensor | None) -> Tensor:
-    """A gradient times a factor, in float32 at least; the user's tensor is left as it is."""
-    if factor is None:
-        return grad
-    if grad.is_sparse:
-        grad = grad.coalesce()
-        values = scaled(grad.values(), factor)
-        return torch.sparse_coo_tensor(
-            grad.indices(), values, grad.shape, is_coalesced=True, check_invariants=False
-        )
-    if grad.is_complex():
-        return grad * factor.to(grad.device)
-    wide = _wide(grad)
-    return grad.to(wide) * factor.to(grad.device, wide)
-
-
 def _wide(t: Tensor) -> torch.dtype:
     """Precision of arithmetic on a gradient."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32

@@ -175,3 +175,26 @@ def test_repr_names_the_hyper_parameters() -> None:
     text = repr(elmo.optim.SGD(net().parameters(), 0.1, momentum=0.9, rounding="nearest"))
     assert "momentum: 0.9" in text
     assert "rounding: nearest" in text
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "maximize", "foreach", "capturable"])
+def test_options_of_torch_that_would_be_ignored(name: str) -> None:
+    group = {"params": net().parameters(), name: True}
+    with pytest.raises(OptionError, match=f"{name}=True is not an option here; use"):
+        elmo.optim.AdamW([group], 0.1)
+    with pytest.raises(TypeError, match=name):
+        elmo.optim.AdamW(net().parameters(), 0.1, **{name: True})
+    elmo.optim.AdamW([{"params": net().parameters(), name: False, "name": "all"}], 0.1)
+
+
+def test_a_sparse_gradient_that_cannot_be_honoured_leaves_the_heads_alone() -> None:
+    model = net()
+    model.words = torch.nn.Embedding(4, 3, sparse=True)
+    opt = elmo.optim.SGD(model.parameters(), 0.5, momentum=0.9, update_at="step")
+    compiled(model)(*batch()).backward()
+    model.words(torch.tensor([1])).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(OptionError, match="sparse gradient"):
+        opt.step()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key

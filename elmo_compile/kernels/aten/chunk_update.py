@@ -158,8 +158,8 @@ class ChunkUpdate:
         return run
 
 
-def update_rows(w_RD: Tensor, grad_RD: Tensor, update: Update) -> None:
-    """Update a contiguous matrix from a gradient that exists, block of rows by block."""
+def update_rows(w_RD: Tensor, grad_RD: Tensor, update: Update, factor: float = 1.0) -> None:
+    """Update a contiguous matrix from `factor` times a gradient that exists, block by block."""
     rows, columns = w_RD.shape
     fast = w_RD.numel() >= SMALL and w_RD.device.type == "cpu"
     block = max(1, min(rows, _BLOCK // max(1, columns)))
@@ -170,7 +170,7 @@ def update_rows(w_RD: Tensor, grad_RD: Tensor, update: Update) -> None:
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for start in range(0, rows, block):
             stop = min(start + block, rows)
-            run.apply(start, stop, grad_RD[start:stop], 1.0)
+            run.apply(start, stop, grad_RD[start:stop], factor)
 
 
 def update_given_rows(w_RD: Tensor, rows_K: Tensor, grad_KD: Tensor, update: Update) -> None:

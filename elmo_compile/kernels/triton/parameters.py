@@ -36,7 +36,7 @@ from elmo_compile.numerics.update import (
     half_step_at_largest,
 )
 
-Item = tuple[Tensor, Tensor, Update]
+Item = tuple[Tensor, Tensor, Update, Tensor | None]
 
 _TYPES = {
     torch.float32: tl.float32,
@@ -103,6 +103,9 @@ def _parameters_kernel(
     w_ptr = _at(table, 0, W)
     w = widen(tl.load(w_ptr + offsets, mask=mask, other=0))
     grad = widen(tl.load(_at(table, 1, G) + offsets, mask=mask, other=0))
+    factor = tl.load(table + 13)
+    if factor != 0:
+        grad = grad * tl.load(factor.to(tl.pointer_type(tl.float32)))
     m = w
     v = w
     a = w
@@ -147,12 +150,13 @@ def update_parameters(items: Sequence[Item]) -> list[Item]:
     Left are float64, block-wise state and weights of which some rows are compensated.
 
     Args:
-        items: (weight [R, D], gradient [R, D], update), all on one device.
+        items: (weight [R, D], gradient [R, D], update, factor on the gradient or None), all on one
+            device.
     """
     kinds: dict[Any, list[Item]] = {}
     rest: list[Item] = []
     for item in items:
-        kind = _kind(*item)
+        kind = _kind(*item[:3])
         (rest if kind is None else kinds.setdefault(kind, [])).append(item)
     for kind, alike in kinds.items():
         _launch(dict(kind), alike)
@@ -188,17 +192,18 @@ def _kind(w: Tensor, grad: Tensor, update: Update) -> Any:
 
 def _launch(kind: dict[str, Any], items: Sequence[Item]) -> None:
     device = items[0][0].device
-    table, rates, blocks = [], [], []
-    for number, (w, grad, update) in enumerate(items):
+    table, rates, blocks, held = [], [], [], []
+    for number, (w, grad, update, factor) in enumerate(items):
         if update.row_wise:
-            update.row_sums.copy_(accumulate_rows(update.row_sums, grad))
+            sums = accumulate_rows(update.row_sums, grad, 1.0 if factor is None else factor)
+            update.row_sums.copy_(sums)
         words = counter_words(update.seed, update.param_id, update.step, WEIGHT)
         moments = [s.data_ptr() for s in update.moments] + [0, 0]
         sums = update.row_sums.data_ptr() if update.row_wise else 0
         c = 0 if update.compensation is None else update.compensation.data_ptr()
         table += [w.data_ptr(), grad.data_ptr(), *moments[:2], sums, c, w.numel(), w.shape[1]]
         table += [_signed(word) for word in words]
-        table += [update.row_offset, 0]
+        table += [update.row_offset, _address(factor, held)]
         r = update.rates
         rates += [
             r.lr, r.weight_decay, r.beta1, r.beta2, 1.0 - r.beta1, 1.0 - r.beta2, r.eps, r.error,
@@ -216,6 +221,14 @@ def _launch(kind: dict[str, Any], items: Sequence[Item]) -> None:
             RATES=_RATES,
             **kind,
         )
+
+
+def _address(factor: Tensor | None, held: list[Tensor]) -> int:
+    """Of a float32 factor, which `held` keeps alive; 0 for none."""
+    if factor is None:
+        return 0
+    held.append(factor.to(torch.float32))
+    return held[-1].data_ptr()
 
 
 def _signed(word: int) -> int:

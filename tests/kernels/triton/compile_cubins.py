@@ -34,7 +34,7 @@ def main(chip: str, form: str, stored: str, compute: str, update: str, *shape: s
 
     def parameters() -> None:
         grad = torch.empty_like(p.w_LD, dtype=torch.float32)
-        assert update_parameters([(p.w_LD, grad, update_named(p, update))] * 2) == []
+        assert update_parameters([(p.w_LD, grad, update_named(p, update), None)] * 2) == []
 
     others = (topk,) if update == "kahan rows" else (topk, parameters)
     cubins = [c for call in (*calls(p, update), *others) for c in compile_call(call, int(chip))]

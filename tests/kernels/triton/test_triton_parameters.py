@@ -37,10 +37,12 @@ def test_one_launch_gives_the_bits_of_each(
     launches = []
     launch = parameters._launch
     monkeypatch.setattr(parameters, "_launch", lambda *a: (launches.append(a), launch(*a)))
-    mine = [(w.to(device, copy=True), g.to(device), with_copies(u, device)) for w, g, u in items]
+    mine = [
+        (w.to(device, copy=True), g.to(device), with_copies(u, device), None) for w, g, u in items
+    ]
     assert parameters.update_parameters(mine) == []
     assert len(launches) == 1
-    for (w, grad, update), (got, _, own) in zip(items, mine):
+    for (w, grad, update), (got, _, own, _) in zip(items, mine):
         truth = with_copies(update)
         reference.apply_update(w, grad.float(), truth)
         rooted = update.rule in ("adamw", "adagrad")
@@ -68,6 +70,23 @@ def test_unlike_parameters_take_a_launch_each_and_the_rest_is_left(
         *items_of("kahan rows", torch.bfloat16, [(50, 7)]),
         *items_of("sgd", torch.float64, [(5, 7)]),
     ]
-    rest = parameters.update_parameters([(w.to(device), g.to(device), u) for w, g, u in items])
+    rest = parameters.update_parameters(
+        [(w.to(device), g.to(device), u, None) for w, g, u in items]
+    )
     assert len(launches) == 3
-    assert [u.kahan_rows is not None or w.dtype == torch.float64 for w, _, u in rest] == [True] * 2
+    assert [u.kahan_rows is not None or w.dtype == torch.float64 for w, _, u, _ in rest] == [
+        True
+    ] * 2
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad"])
+def test_a_factor_on_the_gradient(name: str, device: str) -> None:
+    """Clipping leaves the user's gradient as it is."""
+    ((w, grad, update),) = items_of(name, torch.float32, [(5, 7)])
+    mine = with_copies(update, device), w.to(device, copy=True), grad.to(device)
+    factor = torch.tensor(0.25, dtype=torch.float64, device=device)
+    parameters.update_parameters([(mine[1], mine[2], mine[0], factor)])
+    truth = with_copies(update)
+    reference.apply_update(w, grad.float() * 0.25, truth)
+    torch.testing.assert_close(mine[1].cpu(), w)
+    assert torch.equal(mine[2].cpu(), grad)
