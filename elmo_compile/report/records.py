@@ -122,7 +122,9 @@ class Report:
     """What was done to one compiled program: a section for each of its graphs."""
 
     sections: tuple[Section, ...] = ()
-    updates: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    updates: Mapping[str, Mapping[str, float]] = dataclasses.field(
+        default_factory=dict, compare=False
+    )
     """Fused heads of this process, when the report was asked for: `updates` so far, and of a sample
     the shares `unchanged` by an update (rounded to nearest: lost), `saturated` and `zero`."""
 
