@@ -65,6 +65,7 @@ class Owner:
         """Reads how the weight is to be updated now."""
         self.kept: list[Kept] = []
         """What backwards left for `opt.step()` to update from."""
+        self._kept_of: Any = None
         self.reduce_over: Any = None
         """Under DistributedDataParallel: the process group whose mean gradient is wanted."""
         self.refused_in = ""
@@ -211,7 +212,10 @@ class Owner:
 
     def keep(self, kept: Kept) -> None:
         """Leave a backward's gradient for `opt.step()`."""
+        if self.kept:
+            self._check_unchanged()
         self.kept.append(kept)
+        self._kept_of = self.param._version, self.param.dtype
         self.replaced_by_unowned = False
 
     def forget_kept(self) -> None:
@@ -225,11 +229,20 @@ class Owner:
         """
         if not self.kept:
             return
+        self._check_unchanged()
         if self.param.grad is not None:
             self.kept.append(keep_dense(self.param.grad))
         if self.reduce_over is not None:
             self.kept = gathered(self.kept, self.reduce_over)
         self.kept = merged(self.kept)
+
+    def _check_unchanged(self) -> None:
+        if self._kept_of != (self.param._version, self.param.dtype):
+            raise FusedUpdateError(
+                f"the head weight {self.name} was changed between backward() and opt.step(): the "
+                "gradient of its former values can no longer be formed. Load or change weights "
+                "before the forward or after the step, and clear with opt.zero_grad()"
+            )
 
     def wrong(self) -> Tensor:
         """Whether anything kept is invalid or not finite, as a bool scalar on its device."""

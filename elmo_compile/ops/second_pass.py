@@ -73,7 +73,7 @@ class KeptProgram:
 
     def times_(self, factor: float | Tensor) -> None:
         """Scale the gradient, which is linear in its upstream gradients."""
-        self.tangents = [t * factor for t in self.tangents]
+        self.tangents = [(t * factor).to(t.dtype) for t in self.tangents]
         if self.norm2 is not None:
             self.norm2 = self.norm2 * (factor * factor)
 

@@ -362,3 +362,60 @@ def test_loss_values_are_those_of_the_forward(options: dict) -> None:
         for each in (opt, other):
             each.step()
             each.zero_grad()
+
+
+@pytest.mark.parametrize("change", ["load", "in place", "dtype"])
+def test_a_weight_changed_between_backward_and_step(change: str) -> None:
+    """The gradient of the former values is gone: said, not taken at the new ones."""
+    model = net(bias=False)
+    step, opt = owned(model)
+    step(*batch()).backward()
+    if change == "load":
+        model.load_state_dict(net(seed=5, bias=False).state_dict())
+    elif change == "dtype":
+        model.to(torch.bfloat16)
+    else:
+        with torch.no_grad():
+            model.head.weight.mul_(0.5)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FusedUpdateError, match=r"changed between backward\(\) and opt\.step"):
+        opt.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    opt.zero_grad()
+    if change != "dtype":
+        train(step, opt, 1)
+
+
+class Encoded(nn.Module):
+    """Returns logits; the losses are outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = net().encoder, net().head
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.encoder(inputs)))
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_two_losses_of_the_same_deferred_logits(max_norm: float | None) -> None:
+    """One with kernels, one by a program, in one backward: both are kept and added."""
+    model = Encoded()
+    twin = copy.deepcopy(model)
+    run, opt = owned(model, max_norm=max_norm)
+    other = torch.optim.SGD(twin.parameters(), 0.5)
+    for i in range(2):
+        inputs, labels = batch(i)
+        for make, each in ((run, opt), (twin, other)):
+            z = make(inputs)
+            loss = F.cross_entropy(z, labels) + F.cross_entropy(
+                z, labels.flip(0), label_smoothing=0.1
+            )
+            loss.backward()
+            if each is other and max_norm is not None:
+                clip_grad_norm_(twin.parameters(), max_norm)
+            each.step()
+            each.zero_grad()
+    assert_same(model, twin)
+    assert opt.fused_parameters()
