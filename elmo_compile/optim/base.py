@@ -270,7 +270,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         """The next update of a parameter, with the state it needs (made here at first)."""
         held = self.state[param]
         step, lr = int(held.get("step", 0)), float(group["lr"])
-        if group["accumulate"] == "step_each" and not options._linear(group):
+        if group["accumulate"] == "step_each" and not options.scales_with_gradient(group):
             lr /= group["micro_batches"]
         tensors = [self._slot(name, param, group) for name in self._slots(group)]
         rounding, compensation, rows = self._compensation(group, param)

@@ -148,13 +148,17 @@ def _check_whole_gradient(group: dict[str, Any]) -> None:
         raise OptionError(f"nonfinite='skip' with update_at='backward': {why}")
     if group["accumulate"] == "stash":
         raise OptionError(f"accumulate='stash' with update_at='backward': {why}")
-    if group["accumulate"] == "step_each" and not _linear(group) and group["micro_batches"] == 1:
+    if (
+        group["accumulate"] == "step_each"
+        and not scales_with_gradient(group)
+        and group["micro_batches"] == 1
+    ):
         raise OptionError(
             "accumulate='step_each' with a rule whose step does not scale with the gradient needs "
             "micro_batches=, how many backward() calls make one step: each uses lr / micro_batches"
         )
 
 
-def _linear(group: dict[str, Any]) -> bool:
+def scales_with_gradient(group: dict[str, Any]) -> bool:
     """Whether the rule's step scales with the gradient (SGD's)."""
     return "momentum" in group

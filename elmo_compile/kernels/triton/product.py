@@ -110,3 +110,34 @@ def logits_tile(
     if b_ptr is not None:
         z += widen(tl.load(b_ptr + l0 + outputs))[None, :]
     return z
+
+
+@triton.jit
+def gradient_tile(
+    g_ptr, x_ptr, l0, d0, N, D, L, g_stride,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_D: tl.constexpr, EVEN_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_L, BLOCK_D]: `sum_n g[n, l] x[n, d]`, x carrying each row's scale.
+
+    g's rows are padded to whole tiles, so that outputs past L can be read.
+    """
+    return product(
+        g_ptr + l0,
+        1,
+        g_stride,
+        x_ptr + d0,
+        D,
+        1,
+        tl.arange(0, BLOCK_L),
+        None,
+        tl.arange(0, BLOCK_D),
+        None if EVEN_D else tl.arange(0, BLOCK_D) < D - d0,
+        N,
+        BLOCK_L,
+        BLOCK_D,
+        BLOCK_K,
+        EVEN_K,
+        COMPUTE,
+        PRECISION,
+    )

@@ -20,7 +20,7 @@ from elmo_compile.kernels.triton.configs import SHARED_LIMIT
 SCRIPT = Path(__file__).with_name("compile_cubins.py")
 PRODUCTS = {"_bce_rows_kernel", "_ce_rows_kernel", "_gradient_kernel", "_features_kernel"} | {
     "_dw_kernel",
-    "_update_kernel",
+    "update_kernel",
     "_keys_kernel",
 }
 ALL = tuple(SHARED_LIMIT)
