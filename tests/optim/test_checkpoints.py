@@ -228,6 +228,32 @@ def test_a_crash_in_an_update_is_seen_and_can_be_undone(
     assert_same(model, want)
 
 
+@pytest.mark.parametrize("update_at", ["backward", "step"])
+def test_a_hook_that_raises_after_the_head(update_at: str) -> None:
+    """The head's backward is done, the encoder's is not: no further update before it is settled."""
+    model = net("bce")
+    want = reference(model, 2)
+    opt = SGD(model.parameters(), 0.5, update_at=update_at)
+    step = compiled(model)
+    train(step, opt, 1)
+    saved = through_a_file({"model": model.state_dict(), "opt": opt.state_dict()})
+
+    def fail(grad: Tensor) -> None:
+        raise RuntimeError("from a hook")
+
+    handle = model.encoder.weight.register_hook(fail)
+    with pytest.raises(RuntimeError, match="from a hook"):
+        step(*batch(1)).backward()
+    handle.remove()
+    with pytest.raises(FusedUpdateError, match=r"before opt\.step\(\)"):
+        step(*batch(1)).backward()
+    model.load_state_dict(saved["model"])
+    opt.load_state_dict(saved["opt"])
+    opt.zero_grad()
+    train(step, opt, 1, start=1)
+    assert_same(model, want)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_moves_between_cpu_and_cuda(run: str) -> None:
