@@ -120,7 +120,7 @@ def section(
     matches, plans = [], []
     analysis = compiled.analysis
     refusals = list(analysis.refusals)
-    for head, (kind, _, why) in zip(analysis.heads, compiled.treatments(inputs)):
+    for head, (kind, owner, why) in zip(analysis.heads, compiled.treatments(inputs)):
         if kind == "untouched":
             refusals.append(_excluded(head.match.region.seed))
             continue
@@ -129,6 +129,12 @@ def section(
         notes = head.notes + plan.notes
         if why:
             notes += (f"the update is not fused: {why}",)
+        at_step = owner is not None and owner.policy().at_step
+        if at_step:
+            notes += (
+                "update_at='step': backward keeps what the gradient follows from (features, "
+                "targets, row statistics), and opt.step() updates in a second pass",
+            )
         matches.append(
             Match(
                 loss=head.match.loss.name,
@@ -138,7 +144,7 @@ def section(
                 chunk_size=plan.chunk_size,
                 dtype=head.weight_dtype,
                 compute_dtype=head.compute_dtype,
-                products=plan.products,
+                products=plan.products + at_step,
                 source=source_of(head.match.region.seed),
                 deferred=head.match.region.seed in {o.seed for o, _ in analysis.deferred},
                 loss_value=head.loss_value if fused else "exact",

@@ -44,11 +44,18 @@ class KeptHead:
             self.norm2 = self.norm2 * (factor * factor)
 
     def chunks(self, w_LD: Tensor, chunk: int) -> Iterator[Chunk]:
-        """(start, stop, dw in float32) chunk by chunk."""
-        from elmo_compile.kernels.aten import head_chunks
+        """(start, stop, dw in float32) chunk by chunk; on CUDA out of a whole one."""
+        from elmo_compile import kernels
 
-        p = dataclasses.replace(self.problem, w_LD=w_LD, chunk=chunk)
-        return head_chunks(p, self.stats_2N, self.scale_N)
+        p = dataclasses.replace(self.problem, w_LD=w_LD, chunk=chunk, wide_dw=True)
+        if w_LD.device.type == "cpu":
+            from elmo_compile.kernels.aten import head_chunks
+
+            return head_chunks(p, self.stats_2N, self.scale_N)
+        made = kernels.select(w_LD.device).backward(
+            p, self.stats_2N, self.scale_N, need_dx=False, need_db=False
+        )
+        return slices(made.dw_LD, chunk)
 
     def merged_key(self) -> Any:
         """Backwards with the same key can be merged."""
@@ -102,12 +109,18 @@ class KeptDense:
     def chunks(self, w_LD: Tensor, chunk: int) -> Iterator[Chunk]:
         """(start, stop, dw in float32) chunk by chunk."""
         wide = torch.float64 if w_LD.dtype == torch.float64 else torch.float32
-        for start in range(0, w_LD.shape[0], chunk):
-            part = self.grad_LD[start : start + chunk]
-            yield start, start + part.shape[0], part.to(wide) * self.factor
+        for start, stop, part in slices(self.grad_LD, chunk):
+            yield start, stop, part.to(wide) * self.factor
 
 
 Kept = KeptHead | KeptProgram | KeptDense
+
+
+def slices(dw_LD: Tensor, chunk: int) -> Iterator[Chunk]:
+    """(start, stop, rows) of a gradient that exists."""
+    for start in range(0, dw_LD.shape[0], chunk):
+        part = dw_LD[start : start + chunk]
+        yield start, start + part.shape[0], part
 
 
 def keep_dense(grad_LD: Tensor) -> KeptDense:

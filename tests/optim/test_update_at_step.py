@@ -419,3 +419,16 @@ def test_two_losses_of_the_same_deferred_logits(max_norm: float | None) -> None:
             each.zero_grad()
     assert_same(model, twin)
     assert opt.fused_parameters()
+
+
+def test_the_report_says_when_and_at_what_price() -> None:
+    found = {}
+    for update_at in ("backward", "step"):
+        model = net("bce")
+        step = compiled(model, loss_value="deferred")
+        opt = elmo.optim.SGD(model.parameters(), 0.5, update_at=update_at)
+        train(step, opt, 1)
+        (found[update_at],) = elmo.last_report().matches
+    assert (found["backward"].products, found["step"].products) == (3, 4)
+    assert found["step"].fused_update
+    assert "update_at='step'" in str(elmo.last_report())

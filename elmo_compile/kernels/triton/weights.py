@@ -173,7 +173,7 @@ class WeightGradient:
 
         for stored, value in zip(update.moments, held):
             if isinstance(stored, Blockwise):
-                stored.store(start, stop, value, None if guard is None else guard[0] != 0)
+                stored.store(start, stop, value, None if guard is None else guard.view(()) != 0)
 
     def _compensation(
         self, update: Update, start: int, stop: int
