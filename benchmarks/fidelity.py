@@ -64,12 +64,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Storage and the optimizer's options; the first is what the others are compared with."""
 
-OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], tuple[float, ...]]] = {
-    "SGD": (elmo.optim.SGD, {}, (0.5, 1.0, 2.0)),
-    "momentum": (elmo.optim.SGD, {"momentum": 0.9}, (0.05, 0.1, 0.2)),
-    "AdamW": (elmo.optim.AdamW, {"weight_decay": 0.0}, (1e-3, 3e-3, 1e-2)),
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "SGD": (elmo.optim.SGD, {}),
+    "momentum": (elmo.optim.SGD, {"momentum": 0.9}),
+    "AdamW": (elmo.optim.AdamW, {"weight_decay": 0.0}),
 }
-"""Class, options and the rates tried."""
+"""Class and options."""
+RATES: dict[str, tuple[float, ...]] = {
+    "SGD": (0.25, 0.5, 1.0, 2.0),
+    "momentum": (0.025, 0.05, 0.1, 0.2),
+    "AdamW": (1e-3, 3e-3, 1e-2),
+}
+"""Tried on the validation split."""
+DEBIAN_RATES = {**RATES, "SGD": (0.5, 1.0, 2.0, 4.0), "momentum": (0.05, 0.1, 0.2, 0.4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +125,7 @@ class HeadTrainer(Trainer):
 
     def head_optimizer(self) -> torch.optim.Optimizer:
         """Updates the head inside backward."""
-        make, options, _ = OPTIMIZERS[self.run.optimizer]
+        make, options = OPTIMIZERS[self.run.optimizer]
         own = dict(VARIANTS[self.run.variant][1])
         groups = [{"params": [self.model.head.weight]}, {"params": [self.model.head.bias]}]
         if "kahan_rows" in own:
@@ -175,12 +182,19 @@ def train(run: Run, task: Task, data: Dataset) -> dict[str, Any]:
     }
 
 
+def rates_of(task: str, optimizer: str) -> tuple[float, ...]:
+    """The rates that are tried."""
+    return (DEBIAN_RATES if task == "debian" else RATES)[optimizer]
+
+
 def chosen_rate(task: str, optimizer: str, variant: str, done: dict[str, Any]) -> float:
-    """The rate with the best P@1 on the validation split."""
-    rates = OPTIMIZERS[optimizer][2]
-    return max(
-        rates, key=lambda lr: done[Run(task, optimizer, variant, "choose", lr, 0).key]["P@1"]
-    )
+    """The rate with the best P@1 on the validation split, of those that are done."""
+    tried = {}
+    for lr in rates_of(task, optimizer):
+        key = Run(task, optimizer, variant, "choose", lr, 0).key
+        if key in done:
+            tried[lr] = done[key]["P@1"]
+    return max(tried, key=lambda lr: tried[lr])
 
 
 def finished() -> dict[str, dict[str, Any]]:
@@ -204,10 +218,10 @@ def run_all(options: argparse.Namespace) -> None:
             fit, held = split(data.train, 0.15, seed=20240607)
             fit = fit.take(np.arange(0, len(fit), task.choose_every))
             validation = dataclasses.replace(data, train=fit, test=held)
-            pairs = list(itertools.product(OPTIMIZERS, VARIANTS))
-            bar = progress.add_task(task.name, total=len(pairs) * (3 + len(SEEDS)))
+            pairs = list(itertools.product(options.optimizers, VARIANTS))
+            bar = progress.add_task(task.name, total=len(pairs) * (4 + len(SEEDS)))
             for optimizer, variant in pairs:
-                stages = [("choose", lr, 0) for lr in OPTIMIZERS[optimizer][2]]
+                stages = [("choose", lr, 0) for lr in rates_of(task.name, optimizer)]
                 for stage, lr, seed in stages + [("test", -1.0, seed) for seed in SEEDS]:
                     if stage == "test":
                         lr = chosen_rate(task.name, optimizer, variant, done)
@@ -235,6 +249,7 @@ def rows_of(
             for row in done.values()
             if (row["task"], row["optimizer"], row["variant"], row["stage"])
             == (task, optimizer, variant, "test")
+            and row["lr"] == chosen_rate(task, optimizer, variant, done)
         ]
         if len(found) >= len(SEEDS):
             yield task, optimizer, variant, sorted(found, key=lambda row: row["seed"])
@@ -300,6 +315,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, help="folder of bibtex and delicious")
     parser.add_argument("--tasks", nargs="+", default=[t.name for t in TASKS])
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
     parser.add_argument("--quick", action="store_true", help="512 points a part; nothing is kept")
     parser.add_argument("--report", action="store_true", help="only report")
     parser.add_argument("--threads", type=int, default=1)
