@@ -255,31 +255,65 @@ def rows_of(
             yield task, optimizer, variant, sorted(found, key=lambda row: row["seed"])
 
 
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """One head on one data set under one optimizer, beside float32 with the same seeds."""
+
+    task: str
+    optimizer: str
+    variant: str
+    rows: list[dict[str, Any]]
+    base: list[dict[str, Any]]
+
+    def differences(self, name: str) -> list[float]:
+        """Percentage points (`loss`: percent) for each seed."""
+        pairs = zip(self.rows, self.base)
+        if name == "loss":
+            return [100 * (row[name] / other[name] - 1) for row, other in pairs]
+        return [100 * (row[name] - other[name]) for row, other in pairs]
+
+
 def report() -> None:
-    """Print the table of differences and draw the figure."""
-    done = finished()
+    """Print the table of differences, write the long one and draw the figure."""
     base: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    print("| data | optimizer | head | rate | P@1 | P@3 | P@5 | loss | P@1 - float32 |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    points: dict[str, list[tuple[str, str, float, float]]] = {}
-    for task, optimizer, variant, rows in rows_of(done):
-        if variant == "float32":
-            base[task, optimizer] = rows
+    found = []
+    for task, optimizer, variant, rows in rows_of(finished()):
+        base.setdefault((task, optimizer), rows)  # float32 comes first
+        found.append(Compared(task, optimizer, variant, rows, base[task, optimizer]))
+    RESULTS.with_suffix(".md").write_text("\n".join(_long_table(found)) + "\n")
+    print("\n".join(_short_table(found)))
+    _draw(found)
+
+
+def _long_table(found: list[Compared]) -> Iterator[str]:
+    yield "| data | optimizer | head | rate | P@1 | P@3 | P@5 | loss | P@1 - float32 |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for c in found:
         cells = [
-            _spread([100 * row[name] for row in rows], "{:.2f}") for name in ("P@1", "P@3", "P@5")
+            _spread([100 * row[name] for row in c.rows], "{:.2f}") for name in ("P@1", "P@3", "P@5")
         ]
-        paired = [
-            100 * (row["P@1"] - other["P@1"]) for row, other in zip(rows, base[task, optimizer])
-        ]
-        loss = _spread([row["loss"] for row in rows], "{:.3f}")
-        shown = "" if variant == "float32" else _spread(paired, "{:+.2f}")
-        print(
-            f"| {task} | {optimizer} | {variant} | {rows[0]['lr']:g} | {' | '.join(cells)} | "
-            f"{loss} | {shown} |"
-        )
-        spread = statistics.stdev(paired) if variant != "float32" else 0.0
-        points.setdefault(optimizer, []).append((task, variant, statistics.mean(paired), spread))
-    _draw(points)
+        cells.append(_spread([row["loss"] for row in c.rows], "{:.3f}"))
+        cells.append("" if c.variant == "float32" else _spread(c.differences("P@1"), "{:+.2f}"))
+        start = f"| {c.task} | {c.optimizer} | {c.variant} | {c.rows[0]['lr']:g} | "
+        yield start + " | ".join(cells) + " |"
+
+
+def _short_table(found: list[Compared]) -> Iterator[str]:
+    """A row a head, a column a data set and optimizer: P@1, or its difference to float32."""
+    columns = list(dict.fromkeys((c.task, c.optimizer) for c in found))
+    yield "| P@1 | " + " | ".join(f"{task}, {optimizer}" for task, optimizer in columns) + " |"
+    yield "|---" * (1 + len(columns)) + "|"
+    for variant in VARIANTS:
+        cells = []
+        for column in columns:
+            match = [c for c in found if (c.task, c.optimizer, c.variant) == (*column, variant)]
+            if not match:
+                cells.append("")
+            elif variant == "float32":
+                cells.append(_spread([100 * row["P@1"] for row in match[0].rows], "{:.2f}"))
+            else:
+                cells.append(_spread(match[0].differences("P@1"), "{:+.2f}"))
+        yield f"| {variant} | " + " | ".join(cells) + " |"
 
 
 def _spread(values: list[float], form: str) -> str:
@@ -287,27 +321,36 @@ def _spread(values: list[float], form: str) -> str:
     return f"{form.format(statistics.mean(values))} ± {statistics.stdev(values):.2f}"
 
 
-def _draw(points: dict[str, list[tuple[str, str, float, float]]]) -> None:
+def _draw(found: list[Compared]) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(points), figsize=(12, 4), sharey=True, squeeze=False)
+    names = {"P@1": "P@1 - float32, points", "loss": "training loss, % over float32"}
     variants = [variant for variant in VARIANTS if variant != "float32"]
-    for axis, (optimizer, found) in zip(axes[0], points.items()):
-        tasks = list(dict.fromkeys(task for task, *_ in found))
-        for offset, task in enumerate(tasks):
-            mine = [p for p in found if p[0] == task and p[1] != "float32"]
-            at = [variants.index(p[1]) + 0.15 * (offset - 1) for p in mine]
-            axis.errorbar(
-                at, [p[2] for p in mine], [p[3] for p in mine], fmt="o", capsize=3, label=task
-            )
-        axis.axhline(0, color="grey", linewidth=0.8)
-        axis.set_xticks(range(len(variants)), variants, rotation=60, ha="right")
-        axis.set_title(optimizer)
-    axes[0][0].set_ylabel("P@1 - float32, points (3 seeds, paired)")
-    axes[0][-1].legend()
+    figure, axes = plt.subplots(
+        len(names), len(OPTIMIZERS), figsize=(12, 7), sharex=True, sharey="row", squeeze=False
+    )
+    for column, optimizer in enumerate(OPTIMIZERS):
+        for row, name in enumerate(names):
+            axis = axes[row][column]
+            for offset, task in enumerate(t.name for t in TASKS):
+                mine = [c for c in found if (c.task, c.optimizer) == (task, optimizer)]
+                mine = [c for c in mine if c.variant != "float32"]
+                at = [variants.index(c.variant) + 0.15 * (offset - 1) for c in mine]
+                seeds = [c.differences(name) for c in mine]
+                means = [statistics.mean(s) for s in seeds]
+                axis.errorbar(
+                    at, means, [statistics.stdev(s) for s in seeds], fmt="o", capsize=3, label=task
+                )
+            axis.axhline(0, color="grey", linewidth=0.8)
+        axes[0][column].set_title(optimizer)
+        axes[-1][column].set_xticks(range(len(variants)), variants, rotation=60, ha="right")
+    for row, label in enumerate(names.values()):
+        axes[row][0].set_ylabel(label)
+    axes[0][-1].legend(title="3 paired seeds")
     figure.tight_layout()
     FIGURE.parent.mkdir(exist_ok=True)
-    figure.savefig(FIGURE, dpi=120)
+    figure.savefig(FIGURE, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
