@@ -1,29 +1,86 @@
-"""Registers, local memory and shared memory of every Triton kernel, compiled without a GPU.
+"""Registers, spills and shared memory of every Triton kernel, compiled without a GPU.
 
-    python benchmarks/cubin_table.py [--chips 80 89 90 100] [--compute bf16 fp16 fp32]
+    python benchmarks/cubin_table.py                  # compile all cases: results/cubins.json, .md
+    python benchmarks/cubin_table.py --case 90 pairs fp8 bf16 sgd 128 768    # one, printed as JSON
 
-Each line is one kernel as a call of the head would launch it (batch 128, 768 features).
+`tests/kernels/triton/test_triton_cubins.py` compiles again and compares with the committed table.
+A case is one head call's kernels as it launches them: chip, targets, stored, compute, update, N, D.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import triton
+from rich.progress import track
 
 from elmo_compile.kernels import triton as family
 from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.kernels.triton.configs import CHIPS
-from elmo_compile.kernels.triton.offline import compile_call
+from elmo_compile.kernels.triton.offline import Cubin, compile_call
+from elmo_compile.kernels.triton.parameters import update_parameters
 from elmo_compile.numerics.losses import BCE, CE, LossSpec, Positives
 from elmo_compile.numerics.update import Update
 
+RESULTS = Path(__file__).resolve().parent / "results" / "cubins.json"
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STORED = {"fp8": torch.float8_e4m3fn, **NARROW}
 CHUNK = 65536
+TENSOR_CORES = {
+    80: r"\bmma\.sync",
+    89: r"\bmma\.sync",
+    90: r"wgmma\.mma_async",
+    100: r"tcgen05\.mma",
+    120: r"\bmma\.sync",
+}
+"""How a product on the matrix units is written in PTX."""
+SHARED_PER_PROCESSOR = {80: 167_936, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
+REGISTERS_PER_PROCESSOR = 65_536
+
+
+class Case(NamedTuple):
+    """One head call; `update` as `update_named` reads it."""
+
+    chip: int
+    targets: str
+    stored: str
+    compute: str
+    update: str
+    rows: int = 128
+    features: int = 768
+
+    @property
+    def name(self) -> str:
+        """Its key in the table."""
+        return " ".join(map(str, self)).replace(" fp8 bf16 ", " fp8/bf16 ")
+
+
+QUICK = (
+    Case(90, "pairs", "fp8", "bf16", "sgd"),
+    Case(90, "classes", "bf16", "bf16", "adamw kahan"),
+    Case(80, "pairs", "fp8", "bf16", "adamw kahan"),
+    Case(89, "pairs", "fp8", "bf16", "sgd"),
+    Case(100, "classes", "fp8", "bf16", "sgd"),
+    Case(120, "pairs", "fp8", "bf16", "adamw kahan"),
+)
+"""Compiled by the default test run."""
+CASES = (
+    *QUICK,
+    *(Case(chip, "pairs", "fp8", "bf16", "kahan rows") for chip in CHIPS),
+    *(Case(chip, "classes", "bf16", "bf16", "adamw float32", 2048, 1024) for chip in CHIPS),
+    *(Case(chip, "dense", "fp16", "fp16", "sgd") for chip in CHIPS),
+    *(Case(chip, "values", "bf16", "bf16", "sgd") for chip in CHIPS),
+    *(Case(chip, "pairs", "fp32", "fp32", "momentum float32") for chip in CHIPS),
+    # Nothing a multiple of anything: masks everywhere; and a batch smaller than a tile.
+    *(Case(chip, "pairs", "fp8", "bf16", "sgd", 37, 301) for chip in CHIPS),
+)
 
 
 def problem(
@@ -103,35 +160,82 @@ def calls(p: HeadProblem, update: str = "sgd") -> Iterator[Callable[[], object]]
     )  # fmt: skip
 
 
+def compile_case(case: Case) -> list[dict[str, Any]]:
+    """What each kernel of a case takes, in the order of its launches."""
+    p = problem(
+        case.targets,
+        STORED[case.stored],
+        NARROW[case.compute],
+        rows=case.rows,
+        features=case.features,
+    )
+
+    def topk() -> None:
+        family.topk(p.x_ND, p.w_LD, p.b_L, 5, p.chunk, p.compute_dtype)
+
+    def parameters() -> None:
+        grad = torch.empty_like(p.w_LD, dtype=torch.float32)
+        assert update_parameters([(p.w_LD, grad, update_named(p, case.update), None)] * 2) == []
+
+    # Partly compensated parameters take launches of their own, one by one.
+    others = (topk,) if case.update == "kahan rows" else (topk, parameters)
+    every = (*calls(p, case.update), *others)
+    cubins = [cubin for call in every for cubin in compile_call(call, case.chip)]
+    return [described(cubin, case.chip) for cubin in cubins]
+
+
+def described(cubin: Cubin, chip: int) -> dict[str, Any]:
+    """One kernel as a row."""
+    threads = 32 * cubin.warps
+    blocks = min(
+        REGISTERS_PER_PROCESSOR // (threads * max(1, cubin.registers)),
+        SHARED_PER_PROCESSOR[chip] // (cubin.shared + 1024),
+    )
+    return {
+        "kernel": cubin.name.strip("_"),
+        "registers": cubin.registers,
+        "spilled": cubin.spilled,
+        "shared": cubin.shared,
+        "warps": cubin.warps,
+        "blocks": blocks,
+        "tensor_cores": bool(re.search(TENSOR_CORES[chip], cubin.ptx)),
+        "atomics": bool(re.search(r"\b(atom|red)\.", cubin.ptx)),
+    }
+
+
+def write_table() -> None:
+    """Compile every case and write the JSON and a Markdown table of it."""
+    table = {case.name: compile_case(case) for case in track(CASES, "compiling")}
+    cases = ",\n".join(f" {json.dumps(name)}: {json.dumps(rows)}" for name, rows in table.items())
+    version = json.dumps(triton.__version__)
+    RESULTS.write_text(f'{{"triton": {version}, "cases": {{\n{cases}\n}}}}\n')
+    lines = [
+        f"Triton {triton.__version__}. A case: chip, targets, stored, compute, update, N, D.",
+        "Shared memory in KiB; blocks: how many a multiprocessor holds by registers and shared memory.",
+        "",
+        "| case | kernel | registers | spilled | shared | warps | blocks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in table.items():
+        lines += [
+            f"| {name} | {r['kernel']} | {r['registers']} | {r['spilled']} | "
+            f"{r['shared'] / 1024:.1f} | {r['warps']} | {r['blocks']} |"
+            for r in rows
+        ]
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chips", type=int, nargs="+", default=CHIPS, choices=CHIPS)
-    parser.add_argument("--compute", nargs="+", default=["bf16"], choices=sorted(NARROW))
-    parser.add_argument("--forms", nargs="+", default=["classes", "pairs"])
-    parser.add_argument("--update", default="adamw kahan")
-    parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--features", type=int, default=768)
-    arguments = parser.parse_args()
-    print("| chip | weight | product | targets | kernel | registers | spilled | shared KiB |")
-    print("|---|---|---|---|---|---|---|---|")
-    for chip, compute, form in itertools.product(
-        arguments.chips, arguments.compute, arguments.forms
-    ):
-        for stored in dict.fromkeys((compute, "fp8") if compute == "bf16" else (compute,)):
-            p = problem(
-                form,
-                STORED[stored],
-                NARROW[compute],
-                rows=arguments.rows,
-                features=arguments.features,
-            )
-            for call in calls(p, arguments.update):
-                for cubin in compile_call(call, chip):
-                    print(
-                        f"| {chip} | {stored} | {compute} | {form} | {cubin.name.strip('_')} | "
-                        f"{cubin.registers} | {cubin.spilled} | {cubin.shared / 1024:.1f} |",
-                        flush=True,
-                    )
+    """Write the table, or print one case."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--case", nargs=7, metavar="FIELD", help="compile this one and print it")
+    given = parser.parse_args().case
+    torch.set_num_threads(1)
+    if given is None:
+        write_table()
+    else:
+        chip, *words, rows, features = given
+        print(json.dumps(compile_case(Case(int(chip), *words, int(rows), int(features)))))
 
 
 if __name__ == "__main__":

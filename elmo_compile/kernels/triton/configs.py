@@ -18,8 +18,8 @@ from elmo_compile.errors import OptionError
 
 INTERPRETER = 0
 """The "chip" of CPU tensors: small tiles, so that small tests have many."""
-CHIPS = (80, 89, 90, 100)
-SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
+CHIPS = (80, 89, 90, 100, 120)
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory a block may have."""
 
 
@@ -93,6 +93,8 @@ _TABLE: dict[tuple[int, str], Tiles] = {
         weights=Tile(128, 64, 64, 8, 2),
     ),
 } | {(chip, "float"): _FLOATS for chip in CHIPS}
+# As much shared memory as sm_89, and its products; 128 x 128 logits spill there.
+_TABLE[120, "half"] = dataclasses.replace(_TABLE[89, "half"], logits=Tile(128, 64, 64, 8, 3))
 
 _assumed: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
     "elmo_assumed_chip", default=None
@@ -132,7 +134,7 @@ def chip_of(device: torch.device) -> tuple[int, int]:
 
 def _nearest_chip(capability: int) -> int:
     """The table's row for a capability: consumer chips have the shared memory of sm_89."""
-    if capability in (86, 87, 89) or capability >= 110:
+    if capability in (86, 87, 89):
         return 89
     return max(chip for chip in CHIPS if chip <= capability)
 

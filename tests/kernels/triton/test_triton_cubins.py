@@ -1,7 +1,7 @@
 """Every kernel, compiled for each chip without one: it fits, spills nothing, uses the tensor cores.
 
 The launches are recorded from calls on meta tensors: a driver that waited for the device, by
-reading a value, would fail here.
+reading a value, would fail here. What each kernel takes is compared with the committed table.
 """
 
 from __future__ import annotations
@@ -14,71 +14,74 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from elmo_compile.kernels.triton.configs import SHARED_LIMIT
 
-SCRIPT = Path(__file__).with_name("compile_cubins.py")
-PRODUCTS = {"_bce_rows_kernel", "_ce_rows_kernel", "_gradient_kernel", "_features_kernel"} | {
-    "_dw_kernel",
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from cubin_table import CASES, QUICK, RESULTS, Case  # noqa: E402
+
+TABLE = json.loads(RESULTS.read_text())
+PRODUCTS = {"bce_rows_kernel", "ce_rows_kernel", "gradient_kernel", "features_kernel"} | {
+    "dw_kernel",
     "update_kernel",
-    "_keys_kernel",
+    "keys_kernel",
 }
-ALL = tuple(SHARED_LIMIT)
-CASES = [
-    # chip, targets, stored, compute, update, N, D; then whether it is one of the quick ones
-    (90, "pairs", "fp8", "bf16", "sgd", 128, 768, True),
-    (90, "classes", "bf16", "bf16", "adamw kahan", 128, 768, True),
-    (80, "pairs", "fp8", "bf16", "adamw kahan", 128, 768, True),
-    (89, "pairs", "fp8", "bf16", "sgd", 128, 768, True),
-    (100, "classes", "fp8", "bf16", "sgd", 128, 768, True),
-    *((chip, "pairs", "fp8", "bf16", "kahan rows", 128, 768, False) for chip in (89, 90, 100)),
-    *(
-        (chip, "classes", "bf16", "bf16", "adamw float32", 2048, 1024, False)
-        for chip in SHARED_LIMIT
-    ),
-    *((chip, "dense", "fp16", "fp16", "sgd", 128, 768, False) for chip in ALL),
-    *((chip, "values", "bf16", "bf16", "sgd", 128, 768, False) for chip in ALL),
-    *(
-        (chip, "pairs", "fp32", "fp32", "momentum float32", 128, 768, False)
-        for chip in SHARED_LIMIT
-    ),
-    # Nothing a multiple of anything: masks everywhere; and a batch smaller than a tile.
-    *((chip, "pairs", "fp8", "bf16", "sgd", 37, 301, False) for chip in ALL),
-]
+REGISTERS_SLACK = 8
+"""Registers are given out by eights."""
 
 
-def compiled(*case: object) -> list[dict[str, Any]]:
+def compiled(case: Case) -> list[dict[str, Any]]:
+    """In a process of its own: the tests' process is bound to the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), *map(str, case)]
+    command = [sys.executable, str(BENCHMARKS / "cubin_table.py"), "--case", *map(str, case)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(
-    ("chip", "targets", "stored", "compute", "update", "rows", "features"),
-    [pytest.param(*c[:-1], marks=() if c[-1] else pytest.mark.slow) for c in CASES],
-)
-def test_kernels_fit_the_chip(
-    chip: int,
-    targets: str,
-    stored: str,
-    compute: str,
-    update: str,
-    rows: int,
-    features: int,
-) -> None:
-    kernels = compiled(chip, targets, stored, compute, update, rows, features)
-    missing = "_ce_rows_kernel" if targets != "classes" else "_bce_rows_kernel"
-    names = PRODUCTS | {"_db_kernel", "_parameters_kernel"}
-    not_there = {missing} | ({"_parameters_kernel"} if update == "kahan rows" else set())
-    assert {k["name"] for k in kernels} == names - not_there
+def check(case: Case, kernels: list[dict[str, Any]]) -> None:
+    missing = "ce_rows_kernel" if case.targets != "classes" else "bce_rows_kernel"
+    not_there = {missing} | ({"parameters_kernel"} if case.update == "kahan rows" else set())
+    names = PRODUCTS | {"db_kernel", "parameters_kernel"}
+    assert {k["kernel"] for k in kernels} == names - not_there
     for kernel in kernels:
-        assert kernel["shared"] <= SHARED_LIMIT[chip], kernel
+        assert kernel["shared"] <= SHARED_LIMIT[case.chip], kernel
         assert kernel["spilled"] == 0, kernel
         assert not kernel["atomics"], kernel
-        if compute != "fp32" and kernel["name"] in PRODUCTS:
-            assert kernel["tensor cores"], kernel
+        if case.compute != "fp32" and kernel["kernel"] in PRODUCTS:
+            assert kernel["tensor_cores"], kernel
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=() if case in QUICK else pytest.mark.slow)
+        for case in CASES
+    ],
+)
+def test_kernels_fit_the_chip(case: Case) -> None:
+    kernels = compiled(case)
+    check(case, kernels)
+    if triton.__version__ != TABLE["triton"]:
+        return  # another compiler: only the limits hold
+    for now, before in zip(kernels, TABLE["cases"][case.name], strict=True):
+        assert now["kernel"] == before["kernel"]
+        assert now["registers"] <= before["registers"] + REGISTERS_SLACK, (now, before)
+        assert now["shared"] <= before["shared"], (now, before)
+        assert now["blocks"] >= before["blocks"], (now, before)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_committed_table_is_of_kernels_that_fit(case: Case) -> None:
+    """Also the cases that only `-m slow` compiles."""
+    check(case, TABLE["cases"][case.name])
+
+
+def test_the_committed_table_has_no_other_cases() -> None:
+    assert set(TABLE["cases"]) == {case.name for case in CASES}
 
 
 def test_importing_the_package_does_not_import_the_kernels() -> None:
