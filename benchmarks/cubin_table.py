@@ -211,7 +211,7 @@ def write_table() -> None:
     RESULTS.write_text(f'{{"triton": {version}, "cases": {{\n{cases}\n}}}}\n')
     lines = [
         f"Triton {triton.__version__}. A case: chip, targets, stored, compute, update, N, D.",
-        "Shared memory in KiB; blocks: how many a multiprocessor holds by registers and shared memory.",
+        "Shared memory in KiB; blocks: how many a multiprocessor holds at once.",
         "",
         "| case | kernel | registers | spilled | shared | warps | blocks |",
         "|---|---|---|---|---|---|---|",
