@@ -1,6 +1,6 @@
 """What storage and rounding of a head cost under each optimizer: three data sets, paired seeds.
 
-    python benchmarks/fidelity.py --data DIR             # two hours of one core; may be interrupted
+    python benchmarks/fidelity.py --data DIR             # three hours of one core; may be interrupted
     python benchmarks/fidelity.py --data DIR --quick     # a minute, to see that it works
     python benchmarks/fidelity.py --report               # table and figure of what is there
 
@@ -76,7 +76,11 @@ RATES: dict[str, tuple[float, ...]] = {
     "AdamW": (1e-3, 3e-3, 1e-2),
 }
 """Tried on the validation split."""
-DEBIAN_RATES = {**RATES, "SGD": (0.5, 1.0, 2.0, 4.0), "momentum": (0.05, 0.1, 0.2, 0.4)}
+DEBIAN_RATES = {
+    **RATES,
+    "SGD": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
+    "momentum": (0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +223,7 @@ def run_all(options: argparse.Namespace) -> None:
             fit = fit.take(np.arange(0, len(fit), task.choose_every))
             validation = dataclasses.replace(data, train=fit, test=held)
             pairs = list(itertools.product(options.optimizers, VARIANTS))
-            bar = progress.add_task(task.name, total=len(pairs) * (4 + len(SEEDS)))
+            bar = progress.add_task(task.name, total=len(pairs) * (6 + len(SEEDS)))
             for optimizer, variant in pairs:
                 stages = [("choose", lr, 0) for lr in rates_of(task.name, optimizer)]
                 for stage, lr, seed in stages + [("test", -1.0, seed) for seed in SEEDS]:
@@ -265,6 +269,11 @@ class Compared:
     rows: list[dict[str, Any]]
     base: list[dict[str, Any]]
 
+    @property
+    def same_rate(self) -> bool:
+        """Whether validation chose the rate that it chose for float32."""
+        return bool(self.rows[0]["lr"] == self.base[0]["lr"])
+
     def differences(self, name: str) -> list[float]:
         """Percentage points (`loss`: percent) for each seed."""
         pairs = zip(self.rows, self.base)
@@ -299,7 +308,10 @@ def _long_table(found: list[Compared]) -> Iterator[str]:
 
 
 def _short_table(found: list[Compared]) -> Iterator[str]:
-    """A row a head, a column a data set and optimizer: P@1, or its difference to float32."""
+    """A row a head, a column a data set and optimizer: P@1, or its difference to float32.
+
+    A star: validation chose another rate than for float32.
+    """
     columns = list(dict.fromkeys((c.task, c.optimizer) for c in found))
     yield "| P@1 | " + " | ".join(f"{task}, {optimizer}" for task, optimizer in columns) + " |"
     yield "|---" * (1 + len(columns)) + "|"
@@ -312,7 +324,8 @@ def _short_table(found: list[Compared]) -> Iterator[str]:
             elif variant == "float32":
                 cells.append(_spread([100 * row["P@1"] for row in match[0].rows], "{:.2f}"))
             else:
-                cells.append(_spread(match[0].differences("P@1"), "{:+.2f}"))
+                other = "" if match[0].same_rate else " *"
+                cells.append(_spread(match[0].differences("P@1"), "{:+.2f}") + other)
         yield f"| {variant} | " + " | ".join(cells) + " |"
 
 
@@ -336,17 +349,27 @@ def _draw(found: list[Compared]) -> None:
                 mine = [c for c in found if (c.task, c.optimizer) == (task, optimizer)]
                 mine = [c for c in mine if c.variant != "float32"]
                 at = [variants.index(c.variant) + 0.15 * (offset - 1) for c in mine]
-                seeds = [c.differences(name) for c in mine]
-                means = [statistics.mean(s) for s in seeds]
-                axis.errorbar(
-                    at, means, [statistics.stdev(s) for s in seeds], fmt="o", capsize=3, label=task
-                )
+                for kept, fill in ((True, None), (False, "none")):
+                    shown = [(x, c) for x, c in zip(at, mine) if c.same_rate == kept]
+                    if name == "loss" and not kept:
+                        continue  # another rate is another loss
+                    seeds = [c.differences(name) for _, c in shown]
+                    axis.errorbar(
+                        [x for x, _ in shown],
+                        [statistics.mean(s) for s in seeds],
+                        [statistics.stdev(s) for s in seeds],
+                        fmt="o",
+                        color=f"C{offset}",
+                        markerfacecolor=fill,
+                        capsize=3,
+                        label=task if kept else None,
+                    )
             axis.axhline(0, color="grey", linewidth=0.8)
         axes[0][column].set_title(optimizer)
         axes[-1][column].set_xticks(range(len(variants)), variants, rotation=60, ha="right")
     for row, label in enumerate(names.values()):
         axes[row][0].set_ylabel(label)
-    axes[0][-1].legend(title="3 paired seeds")
+    axes[-1][0].legend(title="3 paired seeds; hollow: other rate")
     figure.tight_layout()
     FIGURE.parent.mkdir(exist_ok=True)
     figure.savefig(FIGURE, dpi=110)
