@@ -1,6 +1,6 @@
 """What storage and rounding of a head cost under each optimizer: three data sets, paired seeds.
 
-    python benchmarks/fidelity.py --data DIR             # three hours of one core; may be interrupted
+    python benchmarks/fidelity.py --data DIR            # three hours of one core, resumed
     python benchmarks/fidelity.py --data DIR --quick     # a minute, to see that it works
     python benchmarks/fidelity.py --report               # table and figure of what is there
 

@@ -65,6 +65,7 @@ def plan_match(match: HeadMatch | ProgramMatch, options: Options) -> PlannedHead
         weight_dtype=weight.dtype,
         weight_input=None if placeholder is None else input_position(placeholder),
         carried=carried,
+        gradients=_gradients(match, weight),
         loss_value=value,
         loss_output=loss_output,
         unfusable=why_unfusable(match, weight, compute),
@@ -208,9 +209,35 @@ def _shape(
         fused_update=fused,
         device="cuda" if weight.device.type == "cuda" else "cpu",
         loss_value=options.loss_value if fused else "exact",
+        at_once=_may_form_gradients_at_once(match, weight, x),
         hints=numbers,
         program=program,
     )
+
+
+def _gradients(match: HeadMatch | ProgramMatch, weight: torch.Tensor) -> tuple[bool, bool, bool]:
+    """Whether features, weight and bias may be asked for a gradient."""
+    bias = match.bias
+    return (
+        match.aten.requires_grad(match.x),
+        weight.requires_grad,
+        bias is not None and match.aten.requires_grad(bias),
+    )
+
+
+def _may_form_gradients_at_once(
+    match: HeadMatch | ProgramMatch, weight: torch.Tensor, x: torch.Tensor
+) -> bool:
+    """Whether the forward may form the gradients: of a reduced loss, once.
+
+    Not inside a checkpoint, which runs the forward twice, and not in float16, where the upstream
+    gradient carries the scale that keeps them from underflowing.
+    """
+    if isinstance(match, ProgramMatch) or match.loss.reduction == "none":
+        return False
+    if match.region.site.path or not match.region.grad_enabled:
+        return False
+    return torch.float16 not in (weight.dtype, x.dtype, match.compute_dtype)
 
 
 def _size(size: Any, name: str) -> tuple[Any, dict[Any, int]]:

@@ -188,6 +188,8 @@ class PlannedHead:
     """Position of the weight among the graph's inputs; None if the weight is computed."""
     carried: bool
     """A converted head: unfused, its gradient leaves through a float32 carrier."""
+    gradients: tuple[bool, bool, bool]
+    """Whether features, weight and bias may be asked for a gradient."""
     loss_value: LossValue
     """Of a fused update: computed in forward, or left to the backward."""
     loss_output: int | None

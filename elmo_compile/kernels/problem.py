@@ -9,6 +9,8 @@ an [N, L] tensor, nor (except as the returned gradient) an [L, D] one.
 `backward(p, stats_2N, scale_N, need_dx=, need_dw=, need_db=, need_value=, need_norm=) -> Gradients`
     With `g_NL = dloss_n/dz_nl`: dx = scale_n g w, dw = (scale g)^T x, db = (scale g) summed; and,
     without dw, its squared norm.
+`loss_and_gradients(p, scale_N, rows, need_dx=, need_dw=, need_db=, top=) -> Gradients`
+    Both at once, the row losses included: three products where `rows` rows' logits may be held.
 `backward_update(p, stats_2N, scale_N, update, need_dx=, need_db=, need_value=) -> UpdateResult`
     The same dx and db from the weight as it was, then the weight and its state updated in place
     chunk by chunk with `update`; a chunk's weight is overwritten only after its last use.

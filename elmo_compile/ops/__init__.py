@@ -6,6 +6,7 @@ from __future__ import annotations
 def load() -> None:
     """Register every op of this package with torch."""
     from elmo_compile.ops import (
+        at_once,
         cut,
         fused,
         fused_program,
@@ -15,4 +16,4 @@ def load() -> None:
         multi_hot,
     )
 
-    del cut, fused, fused_program, head_loss, head_program, linear, multi_hot
+    del at_once, cut, fused, fused_program, head_loss, head_program, linear, multi_hot

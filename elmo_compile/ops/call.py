@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,17 +23,25 @@ def loss_pass(problem: HeadProblem) -> Forward:
     and the device's kernels can."""
     from elmo_compile import kernels
 
-    family = kernels.select(problem.x_ND.device)
-    wanted, collect = collector(problem.w_LD), getattr(family, "TopRows", None)
+    family, top = kernels.select(problem.x_ND.device), new_top_rows(problem)
+    made: Forward = family.forward(problem) if top is None else family.forward(problem, top)
+    return made
+
+
+def new_top_rows(problem: HeadProblem) -> Any:
+    """What is to collect each row's largest logits in the pass that follows; None if nobody wants
+    them or the device's kernels cannot."""
+    from elmo_compile import kernels
+
+    collect = getattr(kernels.select(problem.x_ND.device), "TopRows", None)
+    wanted = collector(problem.w_LD)
     if wanted is None or collect is None or problem.w_LD.shape[0] < KEPT:
-        plain: Forward = family.forward(problem)
-        return plain
+        return None
     bias = problem.b_L
     bias_L1 = None if bias is None else bias.detach().to(torch.float32)[:, None]
     top = collect(problem.x_ND.shape[0], KEPT, bias_L1)
-    watched: Forward = family.forward(problem, top)
     wanted.append(top)
-    return watched
+    return top
 
 
 def make_problem(

@@ -9,13 +9,20 @@ from typing import Any
 import sympy
 
 from elmo_compile.config import Options
+from elmo_compile.numerics.losses import CE
 from elmo_compile.planner.device import DeviceLimits, limits_for
-from elmo_compile.planner.memory import HeadMemory, head_memory, temporary_formulas
+from elmo_compile.planner.memory import HeadMemory, head_memory, operand_size, temporary_formulas
 from elmo_compile.planner.shape import C, D, HeadShape
 from elmo_compile.planner.traffic import TrafficTable, head_traffic
 
 SMALLEST_CHUNK = 64
 """Outputs; a budget that does not hold even this is refused."""
+ROW_BLOCK_BYTES = 64 << 20
+"""Logits held at once, by default, where that saves a product."""
+FEWEST_ROWS = 128
+"""Of a block: with fewer, reading the weight again for each block costs more than a product."""
+MOST_ROW_BLOCKS = 8
+"""Where the weight gradient is bf16: each block rounds it once more."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +31,10 @@ class Plan:
 
     chunk_size: int
     """Outputs per chunk, at most L."""
+    row_block: int
+    """Rows whose logits are all held, block by block; 0: a chunk's alone are."""
+    at_once: bool
+    """The gradients are formed in the forward, with the loss."""
     memory: HeadMemory
     traffic: TrafficTable
     notes: tuple[str, ...] = ()
@@ -67,7 +78,8 @@ def plan(
 
     `chunk_size`, where given, wins. Otherwise the largest multiple of `limits.multiple` whose
     working set stays in the cache share, at least `limits.min_chunk`; then made smaller until the
-    temporaries fit `memory_budget`. Dynamic sizes: chosen for their hints.
+    temporaries fit `memory_budget`. Dynamic sizes: chosen for their hints. Softmax cross entropy
+    that may form its gradients at once does so for blocks of rows, if enough rows fit.
 
     Args:
         shape: the head.
@@ -78,6 +90,9 @@ def plan(
     limits = limits or limits_for(shape.device)
     outputs, budget = shape.number(shape.outputs), options.budget_bytes
     notes: tuple[str, ...] = ()
+    row_block, chunk = choose_row_block(shape, options, limits)
+    if row_block:
+        return _plan(shape, chunk, row_block)
     if options.chunk_size is not None:
         chunk = min(options.chunk_size, outputs)
     else:
@@ -88,13 +103,59 @@ def plan(
             if fitting < smallest:
                 return _refuse(shape, budget, smallest)
             chunk = min(chunk, fitting)
-    memory = head_memory(shape, chunk)
-    if budget is not None and memory.temporary_bytes > budget:
+    found = _plan(shape, chunk)
+    if budget is not None and found.temporary_bytes > budget:
         notes = (
             f"chunk_size={options.chunk_size} was asked for, and its temporaries "
-            f"({memory.temporary_bytes} bytes) exceed memory_budget={budget}",
+            f"({found.temporary_bytes} bytes) exceed memory_budget={budget}",
         )
-    return Plan(chunk_size=chunk, memory=memory, traffic=head_traffic(shape), notes=notes)
+    return dataclasses.replace(found, notes=notes)
+
+
+def _plan(shape: HeadShape, chunk: int, row_block: int = 0) -> Plan:
+    """The plan that follows from a chunk."""
+    # Softmax needs a row's whole log-sum-exp before any gradient: without its logits, a second
+    # product, and nothing is gained.
+    at_once = shape.forms_gradients_at_once and (shape.loss.name != CE or row_block > 0)
+    return Plan(
+        chunk_size=chunk,
+        row_block=row_block,
+        at_once=at_once,
+        memory=head_memory(shape, chunk, row_block),
+        traffic=head_traffic(shape, at_once=at_once, row_block=row_block),
+    )
+
+
+def choose_row_block(shape: HeadShape, options: Options, limits: DeviceLimits) -> tuple[int, int]:
+    """(rows a block, outputs a chunk) of softmax cross entropy; (0, 0) where blocks do not pay."""
+    none = (0, 0)
+    if not shape.forms_gradients_at_once or shape.loss.name != CE:
+        return none
+    if shape.device != "cpu" or options.chunk_size is not None:
+        return none
+    rows, outputs, budget = (
+        shape.number(shape.rows),
+        shape.number(shape.outputs),
+        options.budget_bytes,
+    )
+    per_row = operand_size(shape) * outputs
+    least = -(-rows // MOST_ROW_BLOCKS) if shape.rounds_dw_to_narrow else 1
+    if budget is None:
+        most = max(ROW_BLOCK_BYTES // per_row, least)
+        block = min(most, rows // 4)  # what is promised of the peak: well below the logits
+    else:
+        block = min(rows, budget // per_row)
+    if 64 < block < rows:
+        block = _floor(block, 32)
+    if block < max(least, min(rows, FEWEST_ROWS)) or block == 0:
+        return none
+    one = dataclasses.replace(shape, rows=block, hints={})
+    chunk = min(cache_chunk(one, limits), outputs)
+    while budget is not None and head_memory(shape, chunk, block).temporary_bytes > budget:
+        chunk //= 2
+        if chunk < min(SMALLEST_CHUNK, outputs):
+            return none
+    return block, chunk
 
 
 def cache_chunk(shape: HeadShape, limits: DeviceLimits) -> int:

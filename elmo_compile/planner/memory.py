@@ -13,6 +13,7 @@ from elmo_compile.planner.shape import C, D, HeadShape, L, M, N
 
 LOSS = "loss"
 UPDATE = "weight gradient"
+CHUNK_OF_LOGITS = "chunk of logits, then gradient"
 ROUNDING_KEYS = 12 << 16
 """Bytes: int64 row numbers and int32 keys of 2^16 rows of weight."""
 EAGER_BELOW = 1 << 20
@@ -83,8 +84,11 @@ class HeadMemory:
         return sum(t.bytes for t in self.after if t.temporary)
 
 
-def head_memory(shape: HeadShape, chunk: int) -> HeadMemory:
-    """Every term of a head whose outputs are walked in chunks of `chunk`."""
+def head_memory(shape: HeadShape, chunk: int, row_block: int = 0) -> HeadMemory:
+    """Every term of a head whose outputs are walked in chunks of `chunk`.
+
+    `row_block`: rows whose logits are all held at a time; 0: none.
+    """
 
     def term(name: str, expr: Any, *moments: str, temporary: bool = False) -> Term:
         expr = sympy.sympify(expr)
@@ -94,12 +98,28 @@ def head_memory(shape: HeadShape, chunk: int) -> HeadMemory:
     resident = [term(name, expr) for name, expr in _resident(shape)]
     before = [term(name, expr, *moments) for name, expr, moments in _eager(shape)]
     after = [term(name, expr) for name, expr in _gradients(shape)]
-    after += [term(name, expr, temporary=True) for name, expr in temporary_formulas(shape)]
+    after += [term(name, expr, temporary=True) for name, expr in temporaries_of(shape, row_block)]
     return HeadMemory(
         before=tuple(resident + before),
         after=tuple(resident + after),
         logits=term("logits", shape.compute_dtype.itemsize * N * L, LOSS),
     )
+
+
+def temporaries_of(shape: HeadShape, row_block: int = 0) -> list[tuple[str, Any]]:
+    """Name and bytes of a step's temporaries, with the logits of a block of rows held or not."""
+    if not row_block:
+        return temporary_formulas(shape)
+    block = dataclasses.replace(shape, rows=row_block)
+    terms = [
+        (name, sympy.sympify(expr).subs(N, row_block))
+        for name, expr in temporary_formulas(block)
+        if name != CHUNK_OF_LOGITS
+    ]
+    terms.insert(0, ("block of logits, then gradient", operand_size(shape) * row_block * L))
+    if shape.features_trainable:
+        terms.append(("feature gradient, of all rows and as joined", 8 * N * D))
+    return terms
 
 
 def temporary_formulas(shape: HeadShape) -> list[tuple[str, Any]]:
@@ -119,7 +139,7 @@ def _cpu_buffers(shape: HeadShape) -> list[tuple[str, Any]]:
     operand = operand_size(shape)
     accumulate = max(4, operand)
     eager = shape.number(N * L) < EAGER_BELOW
-    terms: list[tuple[str, Any]] = [("chunk of logits, then gradient", operand * N * C)]
+    terms: list[tuple[str, Any]] = [(CHUNK_OF_LOGITS, operand * N * C)]
     if operand != shape.weight_dtype.itemsize:
         terms.append(("chunk of weight, decoded", operand * C * D))
         scratch = EAGER_DECODE if eager else operand

@@ -68,6 +68,8 @@ class HeadShape:
     """Of the optimizer's momentum buffer; None without one."""
     device: DeviceKind = "cpu"
     loss_value: LossValue = "exact"
+    at_once: bool = False
+    """The gradients may be formed in the forward, up to the upstream gradient (a reduced loss)."""
     program: ProgramSize | None = None
     """For a loss without kernels of its own."""
     hints: Mapping[Any, int] = dataclasses.field(default_factory=dict)
@@ -93,6 +95,16 @@ class HeadShape:
             and self.loss.name == BCE
             and self.program is None
         )
+
+    @property
+    def forms_gradients_at_once(self) -> bool:
+        """Whether the gradients are formed in the forward, from logits that exist anyway."""
+        return self.at_once and not self.fused_update and self.trains and self.program is None
+
+    @property
+    def rounds_dw_to_narrow(self) -> bool:
+        """Whether each sum into the weight gradient is rounded to 16 bits."""
+        return self.weight_trainable and self.weight_gradient_dtype.itemsize == 2
 
     @property
     def weight_gradient_dtype(self) -> torch.dtype:

@@ -27,14 +27,14 @@ class TrafficTable:
     written_bytes: int
 
 
-def count_products(shape: HeadShape) -> int:
+def count_products(shape: HeadShape, *, at_once: bool = False) -> int:
     """Matrix products of one step.
 
     The logits in forward (not where the value is deferred to the backward), the logits again in
-    the backward, the feature gradient and the weight gradient: 4 at most, 3 deferred, 1 without a
-    backward.
+    the backward (not where the forward forms the gradients), the feature gradient and the weight
+    gradient: 4 at most, 3 deferred or at once, 1 without a backward.
     """
-    passes = _passes(shape)
+    passes = 1 if at_once else _passes(shape)
     if not shape.trains:
         return passes
     return passes + int(shape.features_trainable) + int(shape.weight_trainable)
@@ -47,10 +47,17 @@ def _passes(shape: HeadShape) -> int:
     return 2 if shape.trains and not shape.value_in_backward else 1
 
 
-def head_traffic(shape: HeadShape) -> TrafficTable:
-    """The step's operations and bytes moved (a lower bound: features and targets not counted)."""
+def head_traffic(shape: HeadShape, *, at_once: bool = False, row_block: int = 0) -> TrafficTable:
+    """The step's operations and bytes moved (a lower bound: features and targets not counted).
+
+    Blocks of rows read the weight twice each, for the logits and for the feature gradient, and add
+    to the weight gradient of those before.
+    """
     weight = shape.weight_dtype.itemsize * L * D
-    passes = _passes(shape)
+    blocks = sympy.ceiling(N / row_block) if row_block else sympy.Integer(1)
+    passes = 1 if at_once else _passes(shape)
+    if row_block:
+        passes = (1 + int(shape.features_trainable)) * blocks
     read, written = passes * weight, sympy.Integer(0)
     if shape.weight_trainable and shape.fused_update:
         written = weight
@@ -58,8 +65,9 @@ def head_traffic(shape: HeadShape) -> TrafficTable:
             state = shape.momentum_dtype.itemsize * L * D
             read, written = read + state, written + state
     elif shape.weight_trainable:
-        written = shape.weight_gradient_dtype.itemsize * L * D
-    products = count_products(shape)
+        gradient = shape.weight_gradient_dtype.itemsize * L * D
+        read, written = read + (blocks - 1) * gradient, blocks * gradient
+    products = count_products(shape, at_once=at_once)
     operations = 2 * products * N * L * D
     return TrafficTable(
         products=products,

@@ -29,7 +29,8 @@ aten = torch.ops.aten
 ops.load()
 
 _CARRIED = (
-    torch.ops.elmo.head_loss.default, torch.ops.elmo.head_program.default,
+    torch.ops.elmo.head_loss.default, torch.ops.elmo.head_loss_at_once.default,
+    torch.ops.elmo.head_program.default,
     torch.ops.elmo.lowp_linear.default, "detach", torch.detach,
 )  # fmt: skip
 """What may read a weight that enters detached."""
@@ -104,8 +105,13 @@ def _replace(
             carrier = None
             if head.carried and grad and head.weight_input is not None:
                 carrier = inputs.extra("carrier", head.weight_input, path)
-            op = torch.ops.elmo.head_loss.default
-            pair = emit.call(op, flat, weight, bias, target, aux, carrier, *config)
+            given = (flat, weight, bias, target, aux, carrier)
+            if plan.at_once:
+                at_once = torch.ops.elmo.head_loss_at_once.default
+                sizes = (*config[:-1], plan.row_block, head.compute_dtype)
+                pair = emit.call(at_once, *given, *sizes, *head.gradients)
+            else:
+                pair = emit.call(torch.ops.elmo.head_loss.default, *given, *config)
         loss = emit.finish(emit.call(operator.getitem, pair, 0), x)
     output.replace_all_uses_with(loss)
     _erase(head, fused, mapping, path)

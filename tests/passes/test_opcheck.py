@@ -58,6 +58,16 @@ def test_head_loss(form, reduction):
     torch.library.opcheck(torch.ops.elmo.head_loss.default, args, test_utils=FUNCTIONAL)
 
 
+@pytest.mark.parametrize("form", TARGETS)
+@pytest.mark.parametrize("rows", [0, 2])
+def test_head_loss_at_once(form, rows):
+    name, make = TARGETS[form]
+    spec = LossSpec(name=name, targets=form).encode()
+    config = (spec, *CONFIG[:-1], rows, CONFIG[-1], True, True, True)
+    args = (*head(), *make(), None, *config)
+    torch.library.opcheck(torch.ops.elmo.head_loss_at_once.default, args, test_utils=FUNCTIONAL)
+
+
 def test_head_loss_backward():
     x, w, b = (tensor.detach() for tensor in head())
     spec = LossSpec(name=CE, targets="classes").encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -168,3 +169,76 @@ def test_default_compute_dtype():
     assert planner.default_compute_dtype(torch.float16, "cuda") is torch.float16
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         assert planner.default_compute_dtype(dtype, "cpu") is dtype
+
+
+def at_once(rows=2048, outputs=131_072, **changes):
+    """Cross entropy with a weight gradient, which the forward may form."""
+    return shape(rows, outputs, loss=CE, fused_update=False, at_once=True, **changes)
+
+
+def test_row_blocks_save_a_product():
+    found = made(at_once(), None, LIMITS)
+    assert found.at_once
+    assert found.products == 3
+    assert found.row_block == 256
+    assert found.temporary_bytes < 100 * MIB
+    assert found.saves
+    assert found.traffic.read_bytes == (2 * 8 + 7) * 2 * 131_072 * 768
+    assert found.traffic.written_bytes == 8 * 2 * 131_072 * 768
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"rows": 256}, {}),  # a block of a quarter is too few rows
+        ({"rows": 2048, "outputs": 10_000_000}, {"memory_budget": "200MiB"}),
+        ({"rows": 1 << 14}, {"memory_budget": "300MiB"}),  # a bf16 dw of 16 roundings
+        ({}, {"chunk_size": 4096}),
+        ({"at_once": False}, {}),
+        ({"fused_update": True}, {}),
+        ({"device": "cuda"}, {}),
+    ],
+)
+def test_no_row_blocks(changes, options):
+    found = made(dataclasses.replace(at_once(), **changes), Options(**options), LIMITS)
+    assert found.row_block == 0
+    assert not found.at_once
+    assert found.products == 4
+
+
+def test_many_rows_get_blocks_that_round_a_bf16_gradient_seldom():
+    found = made(at_once(1 << 14), None, LIMITS)
+    assert found.row_block == (1 << 14) // 8
+    assert found.saves
+    wide = made(at_once(1 << 14, dtype=torch.float32), None, LIMITS)
+    assert wide.row_block == 128
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 8192),
+    outputs=st.integers(1, 10**6),
+    budget=st.integers(1 << 20, 1 << 30),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, FP8]),
+)
+def test_row_blocks_within_the_budget(rows, outputs, budget, dtype):
+    found = plan(at_once(rows, outputs, dtype=dtype), Options(memory_budget=budget), LIMITS)
+    if isinstance(found, Plan) and found.row_block:
+        assert found.temporary_bytes <= budget
+        assert min(rows, 128) <= found.row_block <= rows
+        assert 1 <= found.chunk_size <= outputs
+
+
+def test_a_budget_for_all_logits_holds_them_all():
+    found = made(at_once(), Options(memory_budget="1GiB"), LIMITS)
+    assert found.row_block == 2048
+    assert found.traffic.read_bytes == 2 * 2 * 131_072 * 768
+
+
+def test_binary_cross_entropy_needs_no_blocks():
+    found = made(shape(fused_update=False, at_once=True), None, LIMITS)
+    assert (found.at_once, found.row_block, found.products) == (True, 0, 3)
+    frozen = made(shape(fused_update=False, at_once=True, weight_trainable=False))
+    assert frozen.products == 2
+    nothing = {"weight_trainable": False, "features_trainable": False}
+    assert not made(shape(fused_update=False, at_once=True, **nothing)).at_once

@@ -240,3 +240,34 @@ def test_the_kernels_stay_within_the_plan(loss, rows, outputs, dtype, fused):
     step()
     gradient = sum(t.bytes for t in memory.after if t.name == "weight gradient")
     assert allocated(step) - gradient <= 1.15 * memory.temporary_bytes + (256 << 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
+@pytest.mark.parametrize(("loss", "row_block"), [(CE, 128), (CE, 200), (BCE, 0)])
+def test_the_kernels_at_once_stay_within_the_plan(loss, row_block, dtype):
+    rows, outputs = 512, 16_384
+    targets = "padded" if loss == BCE else "classes"
+    compute = default_compute_dtype(dtype, "cpu")
+    shape = head(
+        loss, targets, dtype, rows=rows, features=256, outputs=outputs, at_once=True,
+        positives=3 * rows if loss == BCE else 0, feature_dtype=compute,
+    )  # fmt: skip
+    memory = head_memory(shape, 1024, row_block)
+    labels = torch.randint(outputs, (rows, 3) if loss == BCE else (rows,))
+    problem = HeadProblem(
+        x_ND=torch.randn(rows, 256).to(compute),
+        w_LD=(0.1 * torch.randn(outputs, 256)).to(dtype),
+        b_L=None,
+        target=positives_of(shape.loss, labels, None, rows, outputs) if loss == BCE else labels,
+        loss=shape.loss,
+        chunk=1024,
+        compute_dtype=compute,
+    )
+    scale_N = torch.full((rows,), 1 / rows)
+
+    def step():
+        aten.loss_and_gradients(problem, scale_N, row_block, need_db=False)
+
+    step()
+    gradient = sum(t.bytes for t in memory.after if t.name == "weight gradient")
+    assert allocated(step) - gradient <= 1.15 * memory.temporary_bytes + (256 << 10)

@@ -23,10 +23,12 @@ from elmo_compile.kernels.aten.head import (
     WeightGradient,
     wide_product,
 )
+from elmo_compile.kernels.aten.row_blocks import fits_row_blocks, row_blocks
 from elmo_compile.kernels.aten.row_losses import BinaryRows, SoftmaxRows, TargetScores
 from elmo_compile.kernels.aten.topk import TopRows
 from elmo_compile.kernels.aten.topk import topk as _topk
 from elmo_compile.kernels.problem import Forward, Gradients, HeadProblem, UpdateResult
+from elmo_compile.numerics.losses import CE
 from elmo_compile.numerics.update import Update
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "backward_update",
     "forward",
     "head_chunks",
+    "loss_and_gradients",
     "topk",
     "update_from_chunks",
 ]
@@ -91,10 +94,14 @@ def backward(
     need_db: bool = True,
     need_value: bool = False,
     need_norm: bool = False,
+    top: TopRows | None = None,
 ) -> Gradients:
-    """Gradients of the head from recomputed logits: one product and one for each of dx and dw."""
+    """Gradients of the head from recomputed logits: one product and one for each of dx and dw.
+
+    `top`, if given, takes in every chunk's logits.
+    """
     head = Head(p)
-    walk = _Walk(head, stats_2N, scale_N, need_dx, need_db, need_value)
+    walk = _Walk(head, stats_2N, scale_N, need_dx, need_db, need_value, top)
     dw = WeightGradient(head) if need_dw else None
     norm = GradientNorm(walk.xs_ND, walk.scale) if need_norm else None
     for start, stop, g_CN in walk:
@@ -109,6 +116,35 @@ def backward(
         walk.rows_N(),
         None if norm is None else norm.result(),
     )
+
+
+@_plain_mode
+def loss_and_gradients(
+    p: HeadProblem,
+    scale_N: Tensor,
+    rows: int,
+    *,
+    need_dx: bool = True,
+    need_dw: bool = True,
+    need_db: bool = True,
+    top: TopRows | None = None,
+) -> Gradients:
+    """Row losses and gradients in one pass: no product is made twice.
+
+    Binary cross entropy needs nothing else. Softmax holds the logits of `rows` rows at a time
+    (0: none, and makes them twice).
+    """
+    run = functools.partial(
+        backward, p, scale_N=scale_N, need_dx=need_dx, need_dw=need_dw, need_db=need_db
+    )
+    if p.loss.name != CE:
+        return run(torch.empty(0), need_value=True, top=top)
+    if rows and fits_row_blocks(p, rows, need_dw):
+        return row_blocks(
+            p, scale_N, rows, need_dx=need_dx, need_dw=need_dw, need_db=need_db, top=top
+        )
+    made = forward(p, top)
+    return run(made.stats_2N)._replace(rows_N=made.rows_N)
 
 
 @_plain_mode
@@ -142,8 +178,9 @@ class _Walk:
         need_dx: bool = False,
         need_db: bool = False,
         need_value: bool = False,
+        top: TopRows | None = None,
     ) -> None:
-        self.head, self._stats_2N, self._scale_N = head, stats_2N, scale_N
+        self.head, self._stats_2N, self._scale_N, self._top = head, stats_2N, scale_N, top
         self._stats = head.row_statistics(stats_2N)
         self.xs_ND, self.scale = head.scaled_features(scale_N)
         self._dx = FeatureGradient(head) if need_dx else None
@@ -160,6 +197,8 @@ class _Walk:
             for rows in (self._scores, values):
                 if rows is not None and shared is None:
                     rows.add(z_CN, start, stop)
+            if self._top is not None:
+                self._top.add(z_CN, start)
             g_CN = loss.gradient_(z_CN, start, stop, self._stats, shared)
             if self._dx is not None:
                 self._dx.add(g_CN, w_CD)

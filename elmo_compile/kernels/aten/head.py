@@ -15,6 +15,7 @@ Shapes: N rows, D features, L outputs, C outputs of a chunk.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -58,7 +59,12 @@ class Operands:
         rows = self.num_rows if rows is None else rows
         self.x_ND = torch.zeros(rows, x_ND.shape[1], dtype=self.operand, device=x_ND.device)
         self.x_ND[: self.num_rows] = self.weight.features(x_ND.detach())
-        self._logits = torch.empty(self.chunk, rows, dtype=self.operand, device=x_ND.device)
+
+    @functools.cached_property
+    def _logits(self) -> Tensor:
+        """A chunk's logits, [C, rows of the operand]."""
+        shape = (self.chunk, self.x_ND.shape[0])
+        return torch.empty(shape, dtype=self.operand, device=self.x_ND.device)
 
     def row_logits(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Weight operand [C, D] and logits [N, C] without bias of a chunk."""
@@ -83,11 +89,15 @@ class Head(Operands):
         )  # fmt: skip
         self.loss = ChunkLoss(p, rows, lanes, self.work, fast)
 
-    def chunks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """(start, stop, weight operand [C, D], logits [C, N] without bias) of each chunk."""
+    def weights(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, weight operand [C, D]) of each chunk."""
         for start in range(0, self.num_outputs, self.chunk):
             stop = min(start + self.chunk, self.num_outputs)
-            w_CD = self.weight.load(start, stop)
+            yield start, stop, self.weight.load(start, stop)
+
+    def chunks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """(start, stop, weight operand [C, D], logits [C, N] without bias) of each chunk."""
+        for start, stop, w_CD in self.weights():
             z_CN = torch.mm(w_CD, self.x_ND.t(), out=self._logits[: stop - start])
             yield start, stop, w_CD, z_CN
 
@@ -159,14 +169,26 @@ class WeightGradient:
                 head.chunk, w_LD.shape[1], dtype=head.operand, device=w_LD.device
             )
 
-    def put(self, start: int, stop: int, g_CN: Tensor, xs_ND: Tensor, scale: float) -> None:
-        """dw[start:stop] = scale g xs."""
+    def put(
+        self,
+        start: int,
+        stop: int,
+        g_CN: Tensor,
+        xs_ND: Tensor,
+        scale: float,
+        *,
+        add: bool = False,
+    ) -> None:
+        """dw[start:stop] = scale g xs, or that added to it."""
         out = self.dw_LD[start:stop]
         if self._part is None:
-            torch.addmm(out, g_CN, xs_ND, beta=0, alpha=scale, out=out)
+            torch.addmm(out, g_CN, xs_ND, beta=int(add), alpha=scale, out=out)
             return
-        part = torch.mm(g_CN, xs_ND, out=self._part[: stop - start])
-        out.copy_(self._head.weight.restore(part)).mul_(scale)
+        part = self._head.weight.restore(torch.mm(g_CN, xs_ND, out=self._part[: stop - start]))
+        if add:
+            out.add_(part, alpha=scale)
+        else:
+            out.copy_(part).mul_(scale)
 
 
 class GradientNorm:
@@ -192,17 +214,22 @@ def wide_product(g_CN: Tensor, xs_ND: Tensor) -> Tensor:
 
 
 class BiasGradient:
-    """db, a chunk at a time."""
+    """db, a chunk at a time; added to `db_L` where it is given."""
 
-    def __init__(self, head: Head, scale_N: Tensor) -> None:
+    def __init__(self, head: Head, scale_N: Tensor, db_L: Tensor | None = None) -> None:
         self._loss, self._fast = head.loss, head.fast
         self._scale = head.loss.split(scale_N.detach(), 0.0)
-        self.db_L = torch.empty(head.num_outputs, dtype=head.work)
+        self._add = db_L is not None
+        self.db_L = torch.empty(head.num_outputs, dtype=head.work) if db_L is None else db_L
 
     def put(self, start: int, stop: int, g_CN: Tensor) -> None:
         """db[start:stop] = sum_n scale_n g."""
         run = piece(pieces.weighted_sums, self._fast, lanes=self._loss.lanes)
         parts = run(self._loss.words(g_CN), *self._scale)
-        out = self.db_L[start:stop].copy_(parts[0])
+        out = self.db_L[start:stop]
+        if self._add:
+            out.add_(parts[0])
+        else:
+            out.copy_(parts[0])
         if len(parts) == 2:
             out.add_(parts[1])

@@ -15,6 +15,9 @@ from elmo_compile.kernels.aten.head import Head
 from elmo_compile.kernels.problem import Forward
 from elmo_compile.numerics import losses
 
+_LONGEST_SUM = 1024
+"""Exponentials added in float32; sums of them are added in float64."""
+
 
 class BinaryRows:
     """Row losses of BCE: all outputs as negatives, then the targets' share."""
@@ -78,6 +81,15 @@ class SoftmaxRows:
     def add(self, z_CN: Tensor, start: int, stop: int) -> None:
         """Add a chunk's logits: those of the very product that the gradient will see. Rounded in
         another order, a row's largest logit would not fit its log-sum-exp."""
+        # The error of a float32 sum grows with its length; beside that of a narrow logit it is
+        # nothing.
+        step = stop - start if self._loss.lanes else _LONGEST_SUM
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            self._add_exponentials(z_CN[first - start : last - start], first, last)
+        self._scores.add(z_CN, start, stop)
+
+    def _add_exponentials(self, z_CN: Tensor, start: int, stop: int) -> None:
         run = piece(pieces.row_exponentials, self._loss.fast, lanes=self._loss.lanes)
         made = run(self._loss.words(z_CN), self._loss.bias(start, stop))
         half = len(made) // 2
@@ -90,7 +102,6 @@ class SoftmaxRows:
         self._sum_N = self._sum_N * torch.exp(self._top_N - safe_N)
         self._sum_N += sum_N * torch.exp(top_N - safe_N)
         self._top_N = together_N
-        self._scores.add(z_CN, start, stop)
 
     def result(self) -> Forward:
         """Row losses and log-sum-exp."""

@@ -107,6 +107,16 @@ class TopRows:
         fresh[rows_M[kept_M], rank_M[kept_M]] = keys_M[kept_M]
         self._best_NK = torch.cat((self._best_NK, fresh), 1).topk(self.k, dim=1).values
 
+    def part(self, start: int, stop: int) -> TopRows:
+        """The same for some of the rows; `put` back what it collects."""
+        part = TopRows(stop - start, self.k, self._bias_L1)
+        part._best_NK = self._best_NK[start:stop]
+        return part
+
+    def put(self, start: int, part: TopRows) -> None:
+        """Take over what was collected for the rows from `start` on."""
+        self._best_NK[start : start + part.rows] = part._best_NK
+
     def result(self) -> tuple[Tensor, Tensor]:
         """Values float32 [N, k], largest first, and indices int64 [N, k]."""
         return _values(self._best_NK), _LOW - (self._best_NK & _LOW)

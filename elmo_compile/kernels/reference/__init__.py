@@ -6,6 +6,8 @@ it, never run it on a large head. Shapes: N rows, D features, L outputs, M posit
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,24 @@ def backward(
         forward(p).rows_N if need_value else None,
         norm2,
     )
+
+
+@torch.no_grad()
+def loss_and_gradients(
+    p: HeadProblem,
+    scale_N: Tensor,
+    rows: int,
+    *,
+    need_dx: bool = True,
+    need_dw: bool = True,
+    need_db: bool = True,
+    top: Any = None,
+) -> Gradients:
+    """`forward` and `backward`; here nothing is saved by doing both at once."""
+    assert top is None
+    made = forward(p)
+    needs = {"need_dx": need_dx, "need_dw": need_dw, "need_db": need_db}
+    return backward(p, made.stats_2N, scale_N, **needs)._replace(rows_N=made.rows_N)
 
 
 @torch.no_grad()

@@ -3,7 +3,12 @@
 Importing this package imports Triton, and fixes interpreter or compiler by TRITON_INTERPRET.
 """
 
-from elmo_compile.kernels.triton.head import backward, backward_update, forward
+from elmo_compile.kernels.triton.head import (
+    backward,
+    backward_update,
+    forward,
+    loss_and_gradients,
+)
 from elmo_compile.kernels.triton.topk import topk
 
-__all__ = ["backward", "backward_update", "forward", "topk"]
+__all__ = ["backward", "backward_update", "forward", "loss_and_gradients", "topk"]

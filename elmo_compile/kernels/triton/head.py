@@ -68,6 +68,31 @@ def backward(
 
 
 @torch.no_grad()
+def loss_and_gradients(
+    p: HeadProblem,
+    scale_N: Tensor,
+    rows: int,
+    *,
+    need_dx: bool = True,
+    need_dw: bool = True,
+    need_db: bool = True,
+    top: None = None,
+) -> Gradients:
+    """Row losses and gradients in one pass; cross entropy makes its logits twice.
+
+    Args:
+        p: the call. scale_N: float32 [N]. rows: not used. top: these kernels collect nothing.
+        need_dx, need_dw, need_db: what to compute; the rest is None.
+    """
+    needs = {"need_dx": need_dx, "need_dw": need_dw, "need_db": need_db}
+    if p.loss.name != CE:
+        empty = p.x_ND.new_empty((0,), dtype=torch.float32)
+        return backward(p, empty, scale_N, **needs, need_value=True)
+    made = forward(p)
+    return backward(p, made.stats_2N, scale_N, **needs)._replace(rows_N=made.rows_N)
+
+
+@torch.no_grad()
 def backward_update(
     p: HeadProblem,
     stats_2N: Tensor,
