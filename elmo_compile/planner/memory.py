@@ -153,6 +153,9 @@ def _cpu_buffers(shape: HeadShape) -> list[tuple[str, Any]]:
         part = operand if operand < accumulate else 0
         terms.append(("feature gradient, summed over chunks", (accumulate + part) * N * D))
     terms.append(("row reductions, partial", N * C))
+    if shape.value_in_backward or (shape.forms_gradients_at_once and shape.loss.name != CE):
+        # Inductor keeps the exponential that value and gradient share.
+        terms.append(("loss beside its gradient, element-wise", 4 * N * C))
     if shape.fused_update and eager:
         terms.append(("update, element-wise", EAGER_UPDATE * C * D))
     # float64 sums; cross entropy adds maxima, log-sum-exps and target logits.
