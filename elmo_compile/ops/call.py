@@ -18,13 +18,15 @@ def accumulate_dtype(compute: torch.dtype) -> torch.dtype:
     return torch.float64 if compute == torch.float64 else torch.float32
 
 
-def loss_pass(problem: HeadProblem) -> Forward:
+def loss_pass(problem: HeadProblem, held: Tensor | None = None) -> Forward:
     """The loss of each row and its statistics; each row's largest logits too, if anyone wants them
-    and the device's kernels can."""
+    and the device's kernels can. `held`, if given, is filled with the logits."""
     from elmo_compile import kernels
 
     family, top = kernels.select(problem.x_ND.device), new_top_rows(problem)
-    made: Forward = family.forward(problem) if top is None else family.forward(problem, top)
+    wanted = {"top": top, "held": held}
+    given = {name: value for name, value in wanted.items() if value is not None}
+    made: Forward = family.forward(problem, **given)
     return made
 
 

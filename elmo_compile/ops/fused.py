@@ -70,7 +70,7 @@ def serial_if_deferred(handle: Tensor) -> int | None:
     mutates_args=(),
     schema="(Tensor x, Tensor? bias, Tensor target, Tensor? target_aux, Tensor anchor, "
     "Tensor handle, Tensor sink, str loss, float scale, SymInt divisor, int chunk, "
-    "ScalarType compute, bool deferred) -> (Tensor loss, Tensor stats)",
+    "ScalarType compute, bool deferred, bool hold) -> (Tensor loss, Tensor stats)",
 )
 def fused_head_loss(
     x: Tensor,
@@ -86,7 +86,10 @@ def fused_head_loss(
     chunk: int,
     compute: torch.dtype,
     deferred: bool,
+    hold: bool,
 ) -> tuple[Tensor, Tensor]:
+
+    from elmo_compile import kernels
 
     spec = LossSpec.decode(loss)
     weight = owner_by_key(int(handle[0])).param.detach()
@@ -96,7 +99,12 @@ def fused_head_loss(
         _leave_value(owner_by_key(int(handle[0])), handle, problem, spec, factor)
         value, stats = fake_outputs(x, spec, compute)
         return value.fill_(float("nan")), stats
-    rows_N, stats_2N = loss_pass(problem)
+    held = None
+    if hold and serial_if_deferred(handle) is not None:  # a checkpoint's second run has its own
+        held = kernels.select(x.device).new_held(problem)
+    rows_N, stats_2N = loss_pass(problem, held)
+    if held is not None:
+        owner_by_key(int(handle[0])).hold(int(handle[2]), held)
     return reduce_rows(rows_N, spec, factor), stats_2N
 
 
@@ -119,6 +127,7 @@ def _leave_value(
 def _(
     x: Tensor, bias: Any, target: Any, target_aux: Any, anchor: Any, handle: Any, sink: Any,
     loss: str, scale: float, divisor: int, chunk: int, compute: torch.dtype, deferred: bool,
+    hold: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return fake_outputs(x, LossSpec.decode(loss), compute)
 
@@ -128,7 +137,7 @@ def _(
     mutates_args=("sink",),
     schema="(Tensor grad, Tensor x, Tensor? bias, Tensor target, Tensor? target_aux, "
     "Tensor stats, Tensor handle, Tensor(a!) sink, str loss, float scale, SymInt divisor, "
-    "int chunk, ScalarType compute, bool deferred, bool need_dx, bool need_db) "
+    "int chunk, ScalarType compute, bool deferred, bool hold, bool need_dx, bool need_db) "
     "-> (Tensor dx, Tensor db)",
 )
 def fused_head_loss_backward(
@@ -146,6 +155,7 @@ def fused_head_loss_backward(
     chunk: int,
     compute: torch.dtype,
     deferred: bool,
+    hold: bool,
     need_dx: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -160,13 +170,15 @@ def fused_head_loss_backward(
     factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
     scale_N = row_scale(grad, spec, target, factor, x.shape[0])
     family = kernels.select(x.device)
+    held = owner.take_held(serial) if hold else None
+    given = {} if held is None else {"held": held}
     wanted = weight_is_wanted(owner)
     if not wanted or owner.policy().at_step:
         if wanted:
             owner.check_keep(ticket)
         made = family.backward(
             problem, stats, scale_N, need_dx=need_dx, need_dw=False, need_db=need_db,
-            need_value=need_value, need_norm=wanted and owner.policy().clips,
+            need_value=need_value, need_norm=wanted and owner.policy().clips, **given,
         )  # fmt: skip
         dx, db, rows_N = made.dx_ND, made.db_L, made.rows_N
         if wanted:
@@ -188,6 +200,7 @@ def fused_head_loss_backward(
                 need_db=need_db,
                 need_value=need_value,
                 **guard,
+                **given,
             )
             if rows_N is not None:
                 owner.fill_loss(serial, reduce_rows(rows_N, spec, factor))
@@ -201,7 +214,7 @@ def fused_head_loss_backward(
 def _(
     grad: Tensor, x: Tensor, bias: Tensor | None, target: Any, target_aux: Any, stats: Any,
     handle: Any, sink: Any, loss: str, scale: float, divisor: int, chunk: int,
-    compute: torch.dtype, deferred: bool, need_dx: bool, need_db: bool,
+    compute: torch.dtype, deferred: bool, hold: bool, need_dx: bool, need_db: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else x.new_empty(0),

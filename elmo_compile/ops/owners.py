@@ -90,6 +90,7 @@ class Owner:
         """The serial of the call whose backward is updating the weight now."""
         self._open_losses: OrderedDict[int, Tensor] = OrderedDict()
         self._unread: dict[int, Callable[[], Tensor]] = {}
+        self._held: dict[int, Tensor] = {}
 
     def open_loss(self, serial: int, loss: Tensor) -> None:
         """Remember the loss tensor of one forward, to be filled in by its backward."""
@@ -108,6 +109,14 @@ class Owner:
     def take_value(self, serial: int) -> Callable[[], Tensor] | None:
         """What `leave_value` kept."""
         return self._unread.pop(serial, None)
+
+    def hold(self, serial: int, logits: Tensor) -> None:
+        """Keep the logits of one forward for its backward; those of an earlier one are dropped."""
+        self._held = {serial: logits}
+
+    def take_held(self, serial: int) -> Tensor | None:
+        """What `hold` kept."""
+        return self._held.pop(serial, None)
 
     def fill_loss(self, serial: int, value: Tensor) -> None:
         """Write the value into the loss tensor that this forward returned."""
@@ -290,6 +299,7 @@ class Owner:
         self.pending = True
         self.replaced_by_unowned = False
         self._open_losses.clear()
+        self._held.clear()
         self.on_update()
         self.inconsistent = False
 

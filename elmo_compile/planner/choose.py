@@ -35,6 +35,8 @@ class Plan:
     """Rows whose logits are all held, block by block; 0: a chunk's alone are."""
     at_once: bool
     """The gradients are formed in the forward, with the loss."""
+    holds_logits: bool
+    """All logits are kept from the forward to the backward of a fused update."""
     memory: HeadMemory
     traffic: TrafficTable
     notes: tuple[str, ...] = ()
@@ -88,31 +90,39 @@ def plan(
     """
     options = options or Options()
     limits = limits or limits_for(shape.device)
-    outputs, budget = shape.number(shape.outputs), options.budget_bytes
-    notes: tuple[str, ...] = ()
     row_block, chunk = choose_row_block(shape, options, limits)
     if row_block:
         return _plan(shape, chunk, row_block)
+    chunk = min(options.chunk_size or cache_chunk(shape, limits), shape.number(shape.outputs))
+    if _holds_logits(shape, options, chunk):
+        return _plan(shape, chunk, holds_logits=True)
+    budget = options.budget_bytes
+    if budget is None:
+        return _plan(shape, chunk)
     if options.chunk_size is not None:
-        chunk = min(options.chunk_size, outputs)
-    else:
-        chunk = min(cache_chunk(shape, limits), outputs)
-        if budget is not None:
-            fitting = budget_chunk(shape, budget, limits.multiple)
-            smallest = min(SMALLEST_CHUNK, outputs)
-            if fitting < smallest:
-                return _refuse(shape, budget, smallest)
-            chunk = min(chunk, fitting)
-    found = _plan(shape, chunk)
-    if budget is not None and found.temporary_bytes > budget:
-        notes = (
-            f"chunk_size={options.chunk_size} was asked for, and its temporaries "
-            f"({found.temporary_bytes} bytes) exceed memory_budget={budget}",
+        found = _plan(shape, chunk)
+        note = (
+            f"chunk_size={chunk} was asked for, and its temporaries "
+            f"({found.temporary_bytes} bytes) exceed memory_budget={budget}"
         )
-    return dataclasses.replace(found, notes=notes)
+        exceeds = found.temporary_bytes > budget
+        return dataclasses.replace(found, notes=(note,)) if exceeds else found
+    fitting = budget_chunk(shape, budget, limits.multiple)
+    smallest = min(SMALLEST_CHUNK, shape.number(shape.outputs))
+    if fitting < smallest:
+        return _refuse(shape, budget, smallest)
+    return _plan(shape, min(chunk, fitting))
 
 
-def _plan(shape: HeadShape, chunk: int, row_block: int = 0) -> Plan:
+def _holds_logits(shape: HeadShape, options: Options, chunk: int) -> bool:
+    """Whether a fused update keeps its logits: where the user's budget has room for them."""
+    budget = options.budget_bytes
+    if budget is None or not shape.may_hold_logits:
+        return False
+    return head_memory(shape, chunk, holds_logits=True).temporary_bytes <= budget
+
+
+def _plan(shape: HeadShape, chunk: int, row_block: int = 0, holds_logits: bool = False) -> Plan:
     """The plan that follows from a chunk."""
     # Softmax needs a row's whole log-sum-exp before any gradient: without its logits, a second
     # product, and nothing is gained.
@@ -121,8 +131,9 @@ def _plan(shape: HeadShape, chunk: int, row_block: int = 0) -> Plan:
         chunk_size=chunk,
         row_block=row_block,
         at_once=at_once,
-        memory=head_memory(shape, chunk, row_block),
-        traffic=head_traffic(shape, at_once=at_once, row_block=row_block),
+        holds_logits=holds_logits,
+        memory=head_memory(shape, chunk, row_block, holds_logits=holds_logits),
+        traffic=head_traffic(shape, at_once=at_once, row_block=row_block, held=holds_logits),
     )
 
 
@@ -133,11 +144,8 @@ def choose_row_block(shape: HeadShape, options: Options, limits: DeviceLimits) -
         return none
     if shape.device != "cpu" or options.chunk_size is not None:
         return none
-    rows, outputs, budget = (
-        shape.number(shape.rows),
-        shape.number(shape.outputs),
-        options.budget_bytes,
-    )
+    rows, outputs = shape.number(shape.rows), shape.number(shape.outputs)
+    budget = options.budget_bytes
     per_row = operand_size(shape) * outputs
     least = -(-rows // MOST_ROW_BLOCKS) if shape.rounds_dw_to_narrow else 1
     if budget is None:

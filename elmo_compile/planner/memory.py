@@ -84,10 +84,14 @@ class HeadMemory:
         return sum(t.bytes for t in self.after if t.temporary)
 
 
-def head_memory(shape: HeadShape, chunk: int, row_block: int = 0) -> HeadMemory:
+def head_memory(
+    shape: HeadShape, chunk: int, row_block: int = 0, *, holds_logits: bool = False
+) -> HeadMemory:
     """Every term of a head whose outputs are walked in chunks of `chunk`.
 
-    `row_block`: rows whose logits are all held at a time; 0: none.
+    Args:
+        row_block: rows whose logits are all held at a time; 0: none.
+        holds_logits: all are, from forward to backward.
     """
 
     def term(name: str, expr: Any, *moments: str, temporary: bool = False) -> Term:
@@ -98,7 +102,10 @@ def head_memory(shape: HeadShape, chunk: int, row_block: int = 0) -> HeadMemory:
     resident = [term(name, expr) for name, expr in _resident(shape)]
     before = [term(name, expr, *moments) for name, expr, moments in _eager(shape)]
     after = [term(name, expr) for name, expr in _gradients(shape)]
-    after += [term(name, expr, temporary=True) for name, expr in temporaries_of(shape, row_block)]
+    after += [
+        term(name, expr, temporary=True)
+        for name, expr in temporaries_of(shape, row_block, holds_logits=holds_logits)
+    ]
     return HeadMemory(
         before=tuple(resident + before),
         after=tuple(resident + after),
@@ -106,8 +113,13 @@ def head_memory(shape: HeadShape, chunk: int, row_block: int = 0) -> HeadMemory:
     )
 
 
-def temporaries_of(shape: HeadShape, row_block: int = 0) -> list[tuple[str, Any]]:
-    """Name and bytes of a step's temporaries, with the logits of a block of rows held or not."""
+def temporaries_of(
+    shape: HeadShape, row_block: int = 0, *, holds_logits: bool = False
+) -> list[tuple[str, Any]]:
+    """Name and bytes of a step's temporaries, with logits held or not: see `head_memory`."""
+    if holds_logits:
+        others = [term for term in temporary_formulas(shape) if term[0] != CHUNK_OF_LOGITS]
+        return [("all logits, then gradient", operand_size(shape) * N * L), *others]
     if not row_block:
         return temporary_formulas(shape)
     block = dataclasses.replace(shape, rows=row_block)

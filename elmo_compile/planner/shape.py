@@ -14,7 +14,7 @@ import sympy
 import torch
 
 from elmo_compile.config import LossValue
-from elmo_compile.numerics.losses import BCE, LossSpec
+from elmo_compile.numerics.losses import BCE, CE, LossSpec
 
 DeviceKind = Literal["cpu", "cuda"]
 Size = Any
@@ -100,6 +100,12 @@ class HeadShape:
     def forms_gradients_at_once(self) -> bool:
         """Whether the gradients are formed in the forward, from logits that exist anyway."""
         return self.at_once and not self.fused_update and self.trains and self.program is None
+
+    @property
+    def may_hold_logits(self) -> bool:
+        """Whether a fused update's backward can take over the logits of its forward."""
+        softmax = self.loss.name == CE and self.program is None
+        return softmax and self.fused_update and self.trains and self.device == "cpu"
 
     @property
     def rounds_dw_to_narrow(self) -> bool:

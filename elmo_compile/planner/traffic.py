@@ -27,14 +27,14 @@ class TrafficTable:
     written_bytes: int
 
 
-def count_products(shape: HeadShape, *, at_once: bool = False) -> int:
+def count_products(shape: HeadShape, *, once: bool = False) -> int:
     """Matrix products of one step.
 
     The logits in forward (not where the value is deferred to the backward), the logits again in
-    the backward (not where the forward forms the gradients), the feature gradient and the weight
-    gradient: 4 at most, 3 deferred or at once, 1 without a backward.
+    the backward (not where they are made `once`: held, or the forward forms the gradients), the
+    feature gradient and the weight gradient: 4 at most, 3 deferred or once, 1 without a backward.
     """
-    passes = 1 if at_once else _passes(shape)
+    passes = 1 if once else _passes(shape)
     if not shape.trains:
         return passes
     return passes + int(shape.features_trainable) + int(shape.weight_trainable)
@@ -47,7 +47,9 @@ def _passes(shape: HeadShape) -> int:
     return 2 if shape.trains and not shape.value_in_backward else 1
 
 
-def head_traffic(shape: HeadShape, *, at_once: bool = False, row_block: int = 0) -> TrafficTable:
+def head_traffic(
+    shape: HeadShape, *, at_once: bool = False, row_block: int = 0, held: bool = False
+) -> TrafficTable:
     """The step's operations and bytes moved (a lower bound: features and targets not counted).
 
     Blocks of rows read the weight twice each, for the logits and for the feature gradient, and add
@@ -55,6 +57,7 @@ def head_traffic(shape: HeadShape, *, at_once: bool = False, row_block: int = 0)
     """
     weight = shape.weight_dtype.itemsize * L * D
     blocks = sympy.ceiling(N / row_block) if row_block else sympy.Integer(1)
+    # With held logits the weight is read for them, and again for its products in the backward.
     passes = 1 if at_once else _passes(shape)
     if row_block:
         passes = (1 + int(shape.features_trainable)) * blocks
@@ -67,7 +70,7 @@ def head_traffic(shape: HeadShape, *, at_once: bool = False, row_block: int = 0)
     elif shape.weight_trainable:
         gradient = shape.weight_gradient_dtype.itemsize * L * D
         read, written = read + (blocks - 1) * gradient, blocks * gradient
-    products = count_products(shape, at_once=at_once)
+    products = count_products(shape, once=at_once or held)
     operations = 2 * products * N * L * D
     return TrafficTable(
         products=products,

@@ -99,7 +99,8 @@ def _replace(
             kinds = ("anchor", "handle", "sink")
             extra = [inputs.extra(kind, head.weight_input, path) for kind in kinds]
             op = torch.ops.elmo.fused_head_loss.default
-            pair = emit.call(op, flat, bias, target, aux, *extra, *config, head.deferred)
+            fused_config = (*config, head.deferred, plan.holds_logits)
+            pair = emit.call(op, flat, bias, target, aux, *extra, *fused_config)
         else:
             weight = emit.node(match.weight)
             carrier = None

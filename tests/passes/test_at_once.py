@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import elmo_compile as elmo
 from elmo_compile.planner import choose
+from elmo_compile.report import store
 
 N, D, L = 40, 24, 700
 AT_ONCE = "elmo.head_loss_at_once"
@@ -22,6 +23,7 @@ def fresh(monkeypatch):
     """Blocks of few rows, so that a small batch has several."""
     torch._dynamo.reset()
     torch.manual_seed(0)
+    store.clear()
     monkeypatch.setattr(choose, "FEWEST_ROWS", 2)
     monkeypatch.setattr(choose, "ROW_BLOCK_BYTES", 10 * L * 4)
 
@@ -166,9 +168,13 @@ def test_second_derivatives_raise(lower):
     step = compiled(model, lower=lower)
     x, target = batch()
     x.requires_grad_()
-    with pytest.raises(RuntimeError):
+
+    def twice():
         (dx,) = torch.autograd.grad(step(x, target), [x], create_graph=True)
         dx.square().sum().backward()
+
+    with pytest.raises(RuntimeError):
+        twice()
 
 
 def test_retain_graph():

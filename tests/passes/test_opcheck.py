@@ -86,7 +86,8 @@ def test_fused_head_loss():
     assert owner is not None
     x, _, b = head()
     spec = LossSpec(name=CE, targets="classes").encode()
-    args = (x, b, torch.randint(0, L, (N,)), None, *open_call(owner), spec, *CONFIG, False)
+    config = (spec, *CONFIG, False, False)
+    args = (x, b, torch.randint(0, L, (N,)), None, *open_call(owner), *config)
     torch.library.opcheck(torch.ops.elmo.fused_head_loss.default, args, test_utils=CONTRACT)
     del optimizer
 

@@ -242,3 +242,20 @@ def test_binary_cross_entropy_needs_no_blocks():
     assert frozen.products == 2
     nothing = {"weight_trainable": False, "features_trainable": False}
     assert not made(shape(fused_update=False, at_once=True, **nothing)).at_once
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
+def test_a_budget_for_all_logits_saves_a_fused_update_a_product(dtype):
+    head = shape(2048, 131_072, dtype, loss=CE)
+    assert not made(head, None, LIMITS).holds_logits
+    assert not made(head, Options(memory_budget="100MiB"), LIMITS).holds_logits
+    found = made(head, Options(memory_budget="2GiB"), LIMITS)
+    assert found.holds_logits
+    assert found.products == 3
+    assert found.traffic.read_bytes == 2 * dtype.itemsize * 131_072 * 768
+    assert found.memory.logits.bytes < found.temporary_bytes < 2 << 30
+    chunk = Options(memory_budget="2GiB", chunk_size=999)
+    assert (made(head, chunk, LIMITS).chunk_size, made(head, chunk).holds_logits) == (999, True)
+    for other in ({"loss": BCE}, {"device": "cuda"}):
+        changed = shape(2048, 131_072, dtype, **{"loss": CE, **other})
+        assert not made(changed, Options(memory_budget="4GiB"), LIMITS).holds_logits

@@ -21,6 +21,7 @@ from elmo_compile.kernels.aten.head import (
     GradientNorm,
     Head,
     WeightGradient,
+    new_held,
     wide_product,
 )
 from elmo_compile.kernels.aten.row_blocks import fits_row_blocks, row_blocks
@@ -38,6 +39,7 @@ __all__ = [
     "forward",
     "head_chunks",
     "loss_and_gradients",
+    "new_held",
     "topk",
     "update_from_chunks",
 ]
@@ -62,12 +64,12 @@ topk = _plain_mode(_topk)
 
 
 @_plain_mode
-def forward(p: HeadProblem, top: TopRows | None = None) -> Forward:
+def forward(p: HeadProblem, top: TopRows | None = None, held: Tensor | None = None) -> Forward:
     """Loss of each row, and its log-sum-exp for cross entropy: one product.
 
-    `top`, if given, takes in every chunk's logits.
+    `top`, if given, takes in every chunk's logits; `held` (`new_held`) is filled with them.
     """
-    head = Head(p)
+    head = Head(p, held=held, fill=True)
     if head.loss.is_ce:
         softmax = SoftmaxRows(head)
         for start, stop, _, z_CN in head.chunks():
@@ -95,12 +97,14 @@ def backward(
     need_value: bool = False,
     need_norm: bool = False,
     top: TopRows | None = None,
+    held: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of the head from recomputed logits: one product and one for each of dx and dw.
+    """Gradients of the head: one product for each of dx and dw, and one for the logits unless
+    `held`, which is overwritten, has them.
 
     `top`, if given, takes in every chunk's logits.
     """
-    head = Head(p)
+    head = Head(p, held=held)
     walk = _Walk(head, stats_2N, scale_N, need_dx, need_db, need_value, top)
     dw = WeightGradient(head) if need_dw else None
     norm = GradientNorm(walk.xs_ND, walk.scale) if need_norm else None
@@ -157,9 +161,11 @@ def backward_update(
     need_dx: bool = True,
     need_db: bool = True,
     need_value: bool = False,
+    held: Tensor | None = None,
 ) -> UpdateResult:
-    """Gradients of features and bias, and the weight updated in place: three products."""
-    head = Head(p, update)
+    """Gradients of features and bias, and the weight updated in place: three products, or two if
+    `held`, which is overwritten, has the logits."""
+    head = Head(p, update, held=held)
     walk = _Walk(head, stats_2N, scale_N, need_dx, need_db, need_value)
     for start, stop, g_CN in walk:
         head.weight.step(start, stop, g_CN, walk.xs_ND, walk.scale)

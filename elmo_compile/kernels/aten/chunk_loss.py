@@ -80,12 +80,11 @@ class ChunkLoss:
             return None
         rows_M, cols_M, values_M = self.positives
         rows_M, cols_M = rows_M[first:last], cols_M[first:last] - start
-        flat_M = cols_M * z_CN.shape[1] + rows_M
-        z_M = z_CN.view(-1)[flat_M].to(self.work)
+        z_M = z_CN[cols_M, rows_M].to(self.work)
         bias = self.bias(start, stop)
         if bias is not None:
             z_M = z_M + bias.squeeze(1)[cols_M]
-        return _Picked(rows_M, flat_M, z_M, None if values_M is None else values_M[first:last])
+        return _Picked(rows_M, cols_M, z_M, None if values_M is None else values_M[first:last])
 
     def gradient_(
         self,
@@ -118,7 +117,8 @@ class ChunkLoss:
             run = piece(pieces.ce_dense_gradient_, self.fast)
             run(z_CN, bias, *stats, self.total_N, y_CN)
         if picked is not None:
-            z_CN.view(-1)[picked.flat_M] = self._target_gradient(picked, stats).to(z_CN.dtype)
+            at_targets_M = self._target_gradient(picked, stats).to(z_CN.dtype)
+            z_CN[picked.cols_M, picked.rows_M] = at_targets_M
         return z_CN
 
     def _target_gradient(self, picked: _Picked, stats: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -136,8 +136,8 @@ class ChunkLoss:
 class _Picked:
     """Targets of one chunk: where they are and what their logits are."""
 
-    def __init__(self, rows_M: Tensor, flat_M: Tensor, z_M: Tensor, values_M: Tensor | None):
-        self.rows_M, self.flat_M, self.z_M, self.values_M = rows_M, flat_M, z_M, values_M
+    def __init__(self, rows_M: Tensor, cols_M: Tensor, z_M: Tensor, values_M: Tensor | None):
+        self.rows_M, self.cols_M, self.z_M, self.values_M = rows_M, cols_M, z_M, values_M
 
     def add_values_(self, rows_N: Tensor) -> None:
         """rows_N -= sum of `y z` over the chunk's targets (float64)."""

@@ -29,7 +29,37 @@ from elmo_compile.kernels.factor import GramFactor
 from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.numerics.update import Update
 
+_PAGE, _PAD = 4096, 64
+"""Bytes by which rows of a chunk must not lie apart, or columns of it share cache sets; elements
+that keep them from it."""
 _NARROW_GRADIENTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def uses_lanes(p: HeadProblem) -> bool:
+    """Whether logits are handled as words of two bf16."""
+    return p.compute_dtype == torch.bfloat16 and p.loss.targets != "dense"
+
+
+def operand_rows(p: HeadProblem) -> int:
+    """Rows of the features as an operand: whole words where logits are words."""
+    rows = p.x_ND.shape[0]
+    return rows + (rows % 2 if uses_lanes(p) else 0)
+
+
+def operand_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of the products: float16 ones are two orders of magnitude slower than float32 on a CPU."""
+    return torch.float32 if compute == torch.float16 and device.type == "cpu" else compute
+
+
+def new_held(p: HeadProblem) -> Tensor:
+    """Room for all logits of a call, which `forward` fills and its backward uses up."""
+    operand = operand_dtype(p.compute_dtype, p.w_LD.device)
+    return _padded(p.w_LD.shape[0], operand_rows(p), operand)
+
+
+def _padded(outputs: int, rows: int, dtype: torch.dtype) -> Tensor:
+    pad = _PAD if rows and rows * dtype.itemsize % _PAGE == 0 else 0
+    return torch.empty(outputs, rows + pad, dtype=dtype)[:, :rows]
 
 
 class Operands:
@@ -50,9 +80,7 @@ class Operands:
         """rows: of the operand, where it is padded to more than N; wide_dw: see `HeadProblem`."""
         self.w_LD, self.wide_dw, self.fast, self.update = w_LD, wide_dw, fast, update
         self.num_rows, self.num_outputs = x_ND.shape[0], w_LD.shape[0]
-        # float16 products are two orders of magnitude slower than float32 ones on a CPU.
-        on_cpu = w_LD.device.type == "cpu"
-        self.operand = torch.float32 if compute_dtype == torch.float16 and on_cpu else compute_dtype
+        self.operand = operand_dtype(compute_dtype, w_LD.device)
         self.work = torch.float64 if self.operand == torch.float64 else torch.float32
         self.chunk = min(chunk, self.num_outputs)
         self.weight = StoredWeight(w_LD, self.operand, self.chunk, update, fast)
@@ -63,13 +91,18 @@ class Operands:
     @functools.cached_property
     def _logits(self) -> Tensor:
         """A chunk's logits, [C, rows of the operand]."""
-        shape = (self.chunk, self.x_ND.shape[0])
-        return torch.empty(shape, dtype=self.operand, device=self.x_ND.device)
+        return _padded(self.chunk, self.x_ND.shape[0], self.operand)
+
+    @functools.cached_property
+    def _row_logits(self) -> Tensor:
+        """A chunk's logits row by row, flat."""
+        size = self.num_rows * self.chunk
+        return torch.empty(size, dtype=self.operand, device=self.x_ND.device)
 
     def row_logits(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Weight operand [C, D] and logits [N, C] without bias of a chunk."""
         size = stop - start
-        z_NC = self._logits.view(-1)[: self.num_rows * size].view(self.num_rows, size)
+        z_NC = self._row_logits[: self.num_rows * size].view(self.num_rows, size)
         w_CD = self.weight.load(start, stop)
         return w_CD, torch.mm(self.x_ND[: self.num_rows], w_CD.t(), out=z_NC)
 
@@ -77,12 +110,20 @@ class Operands:
 class Head(Operands):
     """Operands, buffers and loss of one call."""
 
-    def __init__(self, p: HeadProblem, update: Update | None = None) -> None:
-        self.p = p
+    def __init__(
+        self,
+        p: HeadProblem,
+        update: Update | None = None,
+        held: Tensor | None = None,
+        *,
+        fill: bool = False,
+    ) -> None:
+        """held: all logits [L, rows of the operand], to be filled (`fill`) or used up."""
+        self.p, self._held, self._fill = p, held, fill
         num_rows, num_outputs = p.x_ND.shape[0], p.w_LD.shape[0]
         fast = num_rows * num_outputs >= SMALL
-        lanes = p.compute_dtype == torch.bfloat16 and p.loss.targets != "dense"
-        rows = num_rows + (num_rows % 2 if lanes else 0)
+        lanes = uses_lanes(p)
+        rows = operand_rows(p)
         super().__init__(
             p.x_ND, p.w_LD, p.chunk, p.compute_dtype, update, fast=fast, rows=rows,
             wide_dw=p.wide_dw,
@@ -97,8 +138,11 @@ class Head(Operands):
 
     def chunks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """(start, stop, weight operand [C, D], logits [C, N] without bias) of each chunk."""
+        held = self._held
         for start, stop, w_CD in self.weights():
-            z_CN = torch.mm(w_CD, self.x_ND.t(), out=self._logits[: stop - start])
+            z_CN = self._logits[: stop - start] if held is None else held[start:stop]
+            if held is None or self._fill:
+                torch.mm(w_CD, self.x_ND.t(), out=z_CN)
             yield start, stop, w_CD, z_CN
 
     def scaled_features(self, scale_N: Tensor) -> tuple[Tensor, float]:
