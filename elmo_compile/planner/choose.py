@@ -142,7 +142,8 @@ def choose_row_block(shape: HeadShape, options: Options, limits: DeviceLimits) -
     none = (0, 0)
     if not shape.forms_gradients_at_once or shape.loss.name != CE:
         return none
-    if shape.device != "cpu" or options.chunk_size is not None:
+    plain = shape.weight_dtype == shape.compute_dtype and shape.loss.targets == "classes"
+    if options.chunk_size is not None or (shape.device == "cuda" and not plain):
         return none
     rows, outputs = shape.number(shape.rows), shape.number(shape.outputs)
     budget = options.budget_bytes

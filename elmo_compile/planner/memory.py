@@ -122,16 +122,18 @@ def temporaries_of(
         return [("all logits, then gradient", operand_size(shape) * N * L), *others]
     if not row_block:
         return temporary_formulas(shape)
+    held = ("block of logits, then gradient", operand_size(shape) * row_block * L)
+    if shape.device == "cuda":
+        return [held, *_cuda_block_buffers(shape, row_block)]
     block = dataclasses.replace(shape, rows=row_block)
     terms = [
         (name, sympy.sympify(expr).subs(N, row_block))
         for name, expr in temporary_formulas(block)
         if name != CHUNK_OF_LOGITS
     ]
-    terms.insert(0, ("block of logits, then gradient", operand_size(shape) * row_block * L))
     if shape.features_trainable:
         terms.append(("feature gradient, of all rows and as joined", 8 * N * D))
-    return terms
+    return [held, *terms]
 
 
 def temporary_formulas(shape: HeadShape) -> list[tuple[str, Any]]:
@@ -202,6 +204,20 @@ def _cuda_buffers(shape: HeadShape) -> list[tuple[str, Any]]:
         terms.append(("feature gradient, split sums", SPLIT_SUMS + 4 * N * D))
     # One float32 maximum and one float64 sum a row from each of `ROW_PARTS` programs.
     terms.append(("row statistics", (12 * ROW_PARTS if shape.loss.name == CE else 8) * N))
+    return terms
+
+
+def _cuda_block_buffers(shape: HeadShape, row_block: int) -> list[tuple[str, Any]]:
+    """As kernels/triton/row_blocks.py, beside the logits it holds."""
+    terms: list[tuple[str, Any]] = []
+    if shape.feature_dtype != shape.compute_dtype:
+        terms.append(("features as operands", operand_size(shape) * N * D))
+    if shape.features_trainable:
+        terms.append(("feature gradient", 4 * N * D + 4 * row_block * D))
+    if shape.has_bias and shape.weight_trainable:
+        terms.append(("bias gradient of a block", 4 * L))
+    # A float32 maximum and a float64 sum a row from each of its stretches.
+    terms.append(("row statistics", 8 * N + 12 * max(row_block, 2048)))
     return terms
 
 

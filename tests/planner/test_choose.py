@@ -196,7 +196,7 @@ def test_row_blocks_save_a_product():
         ({}, {"chunk_size": 4096}),
         ({"at_once": False}, {}),
         ({"fused_update": True}, {}),
-        ({"device": "cuda"}, {}),
+        ({"device": "cuda", "compute_dtype": torch.float32}, {}),
     ],
 )
 def test_no_row_blocks(changes, options):
@@ -204,6 +204,13 @@ def test_no_row_blocks(changes, options):
     assert found.row_block == 0
     assert not found.at_once
     assert found.products == 4
+
+
+def test_row_blocks_on_cuda_hold_little_else():
+    found = made(at_once(8192, 128_256, features=4096, device="cuda"))
+    assert (found.row_block, found.products) == (1024, 3)
+    logits, features = 2 * 1024 * 128_256, 4096 * 4
+    assert logits < found.temporary_bytes < logits + (8192 + 1024) * features + MIB
 
 
 def test_many_rows_get_blocks_that_round_a_bf16_gradient_seldom():

@@ -13,6 +13,7 @@ from elmo_compile.kernels.problem import Forward, Gradients, HeadProblem, Update
 from elmo_compile.kernels.triton.features import FeatureGradient
 from elmo_compile.kernels.triton.gradient import Gradient
 from elmo_compile.kernels.triton.launch import Call, prepare
+from elmo_compile.kernels.triton.row_blocks import fits_row_blocks, row_blocks
 from elmo_compile.kernels.triton.statistics import bce_rows, ce_rows
 from elmo_compile.kernels.triton.weights import WeightGradient
 from elmo_compile.numerics.losses import CE
@@ -78,16 +79,21 @@ def loss_and_gradients(
     need_db: bool = True,
     top: None = None,
 ) -> Gradients:
-    """Row losses and gradients in one pass; cross entropy makes its logits twice.
+    """Row losses and gradients in one pass: no product is made twice where `rows` rows' logits can
+    be held.
 
     Args:
-        p: the call. scale_N: float32 [N]. rows: not used. top: these kernels collect nothing.
+        p: the call. scale_N: float32 [N]. rows: rows whose logits to hold, 0 for none.
+        top: these kernels collect nothing.
         need_dx, need_dw, need_db: what to compute; the rest is None.
     """
     needs = {"need_dx": need_dx, "need_dw": need_dw, "need_db": need_db}
     if p.loss.name != CE:
         empty = p.x_ND.new_empty((0,), dtype=torch.float32)
         return backward(p, empty, scale_N, **needs, need_value=True)
+    if rows and fits_row_blocks(p, rows, need_dw):
+        with torch.cuda.device_of(p.x_ND):
+            return row_blocks(p, scale_N, rows, **needs)
     made = forward(p)
     return backward(p, made.stats_2N, scale_N, **needs)._replace(rows_N=made.rows_N)
 
