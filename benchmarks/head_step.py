@@ -38,6 +38,7 @@ from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.kernels.targets import positives_of
 from elmo_compile.numerics.losses import BCE, CE, LossSpec
 from elmo_compile.numerics.update import Update
+from elmo_compile.planner import HeadShape, Plan, plan
 
 Step = Callable[[], Any]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -57,26 +58,47 @@ class Case:
     dtype: str
     features: int = 768
     positives: int = 5
-    chunk: int = 4096
+    chunk: int = 0
+    """0: the planner's choice."""
 
     def __str__(self) -> str:
         return f"{self.loss} N={self.rows} D={self.features} L={self.outputs} {self.dtype}"
 
 
 FULL = [
-    Case(loss=loss, rows=rows, outputs=outputs, dtype=dtype, chunk=chunk)
-    for loss, rows, outputs, chunk in (
-        ("bce", 128, 131_072, 4096),
-        ("bce", 128, 670_091, 4096),
-        ("ce", 2048, 131_072, 2048),
+    Case(loss=loss, rows=rows, outputs=outputs, dtype=dtype)
+    for loss, rows, outputs in (
+        ("bce", 128, 131_072),
+        ("bce", 128, 670_091),
+        ("ce", 2048, 131_072),
     )
     for dtype in DTYPES
 ]
 QUICK = [
-    Case(loss=loss, rows=rows, outputs=outputs, dtype=dtype, chunk=chunk)
-    for loss, rows, outputs, chunk in (("bce", 128, 65_536, 4096), ("ce", 1024, 16_384, 2048))
+    Case(loss=loss, rows=rows, outputs=outputs, dtype=dtype)
+    for loss, rows, outputs in (("bce", 128, 65_536), ("ce", 1024, 16_384))
     for dtype in DTYPES
 ]
+
+
+def planned_chunk(case: Case) -> int:
+    """The chunk of a fused update that the backend would choose."""
+    compute = torch.float32 if case.dtype == "float32" else torch.bfloat16
+    name, targets = (CE, "classes") if case.loss == "ce" else (BCE, "padded")
+    shape = HeadShape(
+        rows=case.rows,
+        features=case.features,
+        outputs=case.outputs,
+        loss=LossSpec(name=name, targets=targets),  # type: ignore[arg-type]
+        weight_dtype=DTYPES[case.dtype],
+        feature_dtype=compute,
+        compute_dtype=compute,
+        positives=0 if case.loss == "ce" else case.rows * case.positives,
+        fused_update=True,
+    )
+    found = plan(shape)
+    assert isinstance(found, Plan)
+    return found.chunk_size
 
 
 class Inputs:
@@ -85,7 +107,7 @@ class Inputs:
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
         n, num = case.rows, case.outputs
-        self.case = case
+        self.case = case if case.chunk else dataclasses.replace(case, chunk=planned_chunk(case))
         self.compute = torch.float32 if case.dtype == "float32" else torch.bfloat16
         self.x = torch.randn(n, case.features).to(self.compute)
         self.w = torch.empty(num, case.features, dtype=DTYPES[case.dtype])
@@ -121,7 +143,8 @@ def floor(inputs: Inputs, chunk: int) -> Step:
 
 
 def ours(inputs: Inputs, rounding: str, value: str) -> Step:
-    """The fused step. value: `none`, `deferred` (with the update) or `exact` (own product)."""
+    """The fused step. value: `none`, `deferred` (with the update), `exact` (own product) or `held`
+    (its logits are kept for the update)."""
     case = inputs.case
     problem = _problem(inputs)
     count = 0
@@ -130,23 +153,13 @@ def ours(inputs: Inputs, rounding: str, value: str) -> Step:
         nonlocal count
         update = Update(lr=LR, rounding=rounding, step=count)  # type: ignore[arg-type]
         count += 1
+        held = aten.new_held(problem) if value == "held" else None
         first = case.loss == "ce" or value == "exact"
-        stats = aten.forward(problem).stats_2N if first else torch.empty(0)
+        stats = aten.forward(problem, held=held).stats_2N if first else torch.empty(0)
         need = value == "deferred" and case.loss == "bce"
-        aten.backward_update(problem, stats, inputs.scale, update, need_db=False, need_value=need)
-
-    return step
-
-
-def unfused(inputs: Inputs) -> Step:
-    """Chunked loss and gradients, a real weight gradient, torch's own update."""
-    problem = _problem(inputs)
-
-    def step() -> None:
-        stats = aten.forward(problem).stats_2N
-        dw = aten.backward(problem, stats, inputs.scale, need_db=False).dw_LD
-        assert dw is not None
-        inputs.w.add_(dw, alpha=-LR)
+        aten.backward_update(
+            problem, stats, inputs.scale, update, need_db=False, need_value=need, held=held
+        )
 
     return step
 
@@ -192,17 +205,31 @@ class HeadModel(torch.nn.Module):
         return F.binary_cross_entropy_with_logits(z, y, reduction="sum") / z.shape[0]
 
 
-def through_backend(inputs: Inputs, value: str) -> Step:
+def through_backend(inputs: Inputs, value: str, *, budget: str | None = None) -> Step:
     """A whole step of `torch.compile(model, backend="elmo")` with elmo_compile.optim.SGD."""
     model = HeadModel(inputs)
-    options = {"loss_value": value, "chunk_size": inputs.case.chunk}
+    options = {"loss_value": value, "chunk_size": inputs.case.chunk, "memory_budget": budget}
     step_fn = torch.compile(model, backend="elmo", options=options)
     optimizer = elmo_compile.optim.SGD(model.parameters(), lr=LR)
+    return _step_of(inputs, step_fn, optimizer)
+
+
+def unfused(inputs: Inputs) -> Step:
+    """The backend alone: a real weight gradient, which torch.optim.SGD applies."""
+    model = HeadModel(inputs)
+    step_fn = torch.compile(model, backend="elmo")
+    return _step_of(inputs, step_fn, torch.optim.SGD(model.parameters(), lr=LR))
+
+
+def _step_of(
+    inputs: Inputs, step_fn: Callable[..., Tensor], optimizer: torch.optim.Optimizer
+) -> Step:
     x = inputs.x.clone().requires_grad_()
 
     def step() -> None:
-        step_fn(x, inputs.labels).backward()
+        step_fn(x, inputs.labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        optimizer.zero_grad()
         x.grad = None
 
     return step
@@ -266,10 +293,10 @@ def hand_loop(inputs: Inputs) -> Step:
 
 def contenders(inputs: Inputs) -> dict[str, Callable[[], Step]]:
     """Builders by name. The floor is tried at several chunk sizes; the fastest counts."""
-    case = inputs.case
+    case = inputs.case  # with a chunk
     builders: dict[str, Callable[[], Step]] = {
         f"floor, chunk {chunk}": lambda c=chunk: floor(inputs, c)  # type: ignore[misc]
-        for chunk in sorted({1024, case.chunk, 4096})
+        for chunk in sorted({1024, 4096, case.chunk})
     }
     value = "none" if case.loss == "bce" else "exact"
     if case.dtype != "float32":
@@ -281,9 +308,14 @@ def contenders(inputs: Inputs) -> dict[str, Callable[[], Step]]:
         builders["elmo fused, value exact"] = lambda: ours(inputs, rounding, "exact")
     deferred = "deferred" if case.loss == "bce" else "exact"
     builders["elmo, through torch.compile"] = lambda: through_backend(inputs, deferred)
+    if case.loss == "ce":
+        builders["elmo fused, logits held"] = lambda: ours(inputs, rounding, "held")
+        builders["elmo, through torch.compile, held"] = lambda: through_backend(
+            inputs, deferred, budget="4GiB"
+        )
     if case.dtype == "fp8":  # torch has no fp8 products and cannot add to fp8 weights
         return builders
-    builders["elmo chunked, real gradient"] = lambda: unfused(inputs)
+    builders["elmo, through torch.compile, real gradient"] = lambda: unfused(inputs)
     builders["hand-written chunk loop"] = lambda: hand_loop(inputs)
     builders["eager"] = lambda: torch_step(inputs, torch_loss(inputs))
     builders["torch.compile"] = lambda: torch_step(

@@ -17,6 +17,10 @@ from elmo_compile.planner.traffic import TrafficTable, head_traffic
 
 SMALLEST_CHUNK = 64
 """Outputs; a budget that does not hold even this is refused."""
+ENOUGH_LOGITS = 1 << 21
+"""Of a chunk on a CPU: a larger one gains nothing."""
+ROOM = 48 << 20
+"""Bytes of temporaries that such a chunk stays within, and within a quarter of the logits."""
 ROW_BLOCK_BYTES = 64 << 20
 """Logits held at once, by default, where that saves a product."""
 FEWEST_ROWS = 128
@@ -168,10 +172,20 @@ def choose_row_block(shape: HeadShape, options: Options, limits: DeviceLimits) -
 
 
 def cache_chunk(shape: HeadShape, limits: DeviceLimits) -> int:
-    """Outputs whose weight and chunk temporaries fit the cache share; at least the minimum."""
-    _, slope = _line(shape, temporary_formulas(shape))
+    """Outputs whose weight and chunk temporaries fit the cache share; at least the minimum.
+
+    On a CPU more, where the logits are so large that it hardly counts: what starting a product
+    costs weighs more than misses, up to `ENOUGH_LOGITS` a chunk (benchmarks/NOTES.md).
+    """
+    fixed, slope = _line(shape, temporary_formulas(shape))
     per_output = slope + shape.number(shape.weight_dtype.itemsize * D)
-    return max(limits.min_chunk, _floor(limits.working_set // per_output, limits.multiple))
+    chunk = limits.working_set // per_output
+    if limits.kind == "cpu":
+        rows, outputs = shape.number(shape.rows), shape.number(shape.outputs)
+        room = max(0, min(ROOM, shape.compute_dtype.itemsize * rows * outputs // 4) - fixed - 1)
+        larger = (limits.cache_bytes * 3 // 2 // per_output, ENOUGH_LOGITS // rows, room // slope)
+        chunk = max(chunk, min(larger))
+    return max(limits.min_chunk, _floor(chunk, limits.multiple))
 
 
 def budget_chunk(shape: HeadShape, budget: int, multiple: int) -> int:

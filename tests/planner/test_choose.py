@@ -16,7 +16,7 @@ from elmo_compile import planner
 from elmo_compile.config import Options
 from elmo_compile.errors import OptionError
 from elmo_compile.numerics.losses import BCE, CE, LossSpec
-from elmo_compile.planner import HeadShape, Plan, PlanRefusal, limits_for, plan
+from elmo_compile.planner import HeadShape, Plan, PlanRefusal, choose, limits_for, plan
 from elmo_compile.planner.device import MIB, _kernel_size, cpu_cache_bytes
 
 FP8 = torch.float8_e4m3fn
@@ -60,7 +60,8 @@ def test_default_temporaries_are_small(rows, most, loss, dtype):
 
 
 def test_more_rows_make_the_chunk_smaller_down_to_the_minimum():
-    chunks = [made(shape(rows), None, LIMITS).chunk_size for rows in (2, 64, 512, 4096, 1 << 20)]
+    sizes = (128, 512, 2048, 4096, 1 << 20)
+    chunks = [made(shape(rows), None, LIMITS).chunk_size for rows in sizes]
     assert chunks == sorted(chunks, reverse=True)
     assert chunks[0] > chunks[-1] == LIMITS.min_chunk
 
@@ -266,3 +267,11 @@ def test_a_budget_for_all_logits_saves_a_fused_update_a_product(dtype):
     for other in ({"loss": BCE}, {"device": "cuda"}):
         changed = shape(2048, 131_072, dtype, **{"loss": CE, **other})
         assert not made(changed, Options(memory_budget="4GiB"), LIMITS).holds_logits
+
+
+def test_a_cpu_chunk_is_larger_than_the_cache_share_where_the_logits_are_huge():
+    small, large = (made(shape(outputs=L), None, LIMITS) for L in (50_000, 670_091))
+    assert small.chunk_size * (128 + 2 * 768) * 2 <= LIMITS.working_set + LIMITS.multiple * 2000
+    assert large.chunk_size > 2 * small.chunk_size
+    assert large.saves
+    assert made(shape(512), None, LIMITS).chunk_size == choose.ENOUGH_LOGITS // 512
