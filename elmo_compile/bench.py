@@ -24,6 +24,7 @@ from elmo_compile.numerics.update import Update
 from elmo_compile.planner import HeadShape, Plan, PlanRefusal, default_compute_dtype, plan
 
 LR = 0.01
+FUSED, UNFUSED, EAGER = "elmo, fused SGD", "elmo, real gradient", "eager, SGD"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,35 +67,49 @@ class Result:
 
     case: Case
     plan: Plan
+    unfused_plan: Plan
+    """Of the contender with a real weight gradient."""
     timings: tuple[Timing, ...]
     skipped: tuple[str, ...]
     """A sentence for each contender that could not run."""
 
 
 def run(case: Case) -> Result:
-    """Time the bare products, this package's fused step and eager torch.
+    """Time the bare products, this package's step (fused; with a real gradient) and eager torch.
 
     Raises:
         OptionError: no chunk fits the budget.
     """
-    chosen = plan(head_shape(case), case.options)
-    if isinstance(chosen, PlanRefusal):
-        raise OptionError(f"{chosen.reason}; {chosen.remedy}.")
+    chosen, unfused = _planned(case, fused=True), _planned(case, fused=False)
     steps: dict[str, Callable[[], object]] = {
         "three bare products": _products(case, chosen.chunk_size),
-        "elmo (fused SGD)": _elmo(case, chosen.chunk_size),
+        FUSED: _fused(case, chosen),
     }
-    skipped: tuple[str, ...] = ()
-    needed, available = chosen.memory.bytes_before, available_bytes(case.device)
-    if available is not None and needed > available:
-        skipped = (f"eager: needs {needed} bytes and {available} are available",)
-    else:
-        steps["eager (SGD)"] = _eager(case)
+    skipped: list[str] = []
+    available = available_bytes(case.device)
+    others: list[tuple[str, Callable[[], Callable[[], object]], int]] = [
+        (UNFUSED, lambda: _unfused(case, unfused), unfused.memory.bytes_after),
+        (EAGER, lambda: _eager(case), chosen.memory.bytes_before),
+    ]
+    for name, build, needed in others:
+        if available is not None and needed > available:
+            skipped.append(f"{name}: needs {needed} bytes and {available} are available")
+        else:
+            steps[name] = build()
     timings = _interleaved(steps, case.rounds, case.device)
-    return Result(case=case, plan=chosen, timings=timings, skipped=skipped)
+    return Result(
+        case=case, plan=chosen, unfused_plan=unfused, timings=timings, skipped=tuple(skipped)
+    )
 
 
-def head_shape(case: Case) -> HeadShape:
+def _planned(case: Case, *, fused: bool) -> Plan:
+    found = plan(head_shape(case, fused=fused), case.options)
+    if isinstance(found, PlanRefusal):
+        raise OptionError(f"{found.reason}; {found.remedy}.")
+    return found
+
+
+def head_shape(case: Case, *, fused: bool = True) -> HeadShape:
     """The case as the planner reads it."""
     kind = torch.device(case.device).type
     if kind not in ("cpu", "cuda"):
@@ -110,7 +125,9 @@ def head_shape(case: Case) -> HeadShape:
         weight_dtype=case.dtype,
         feature_dtype=compute,
         compute_dtype=compute,
-        fused_update=True,
+        fused_update=fused,
+        at_once=not fused and case.dtype != torch.float16,
+        loss_value="deferred" if fused else "exact",
         device=device,
     )
 
@@ -144,8 +161,8 @@ def _inputs(case: Case, storage: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return x_ND.to(case.device), w_LD.to(case.device), labels.to(case.device)
 
 
-def _elmo(case: Case, chunk: int) -> Callable[[], object]:
-    from elmo_compile import kernels
+def _problem(case: Case, chosen: Plan) -> tuple[HeadProblem, Tensor]:
+    """The call, and the factor of each row's loss (mean reduction)."""
     from elmo_compile.kernels.targets import positives_of
 
     x_ND, w_LD, labels = _inputs(case, case.dtype)
@@ -157,30 +174,43 @@ def _elmo(case: Case, chunk: int) -> Callable[[], object]:
         b_L=None,
         target=positives_of(spec, labels, None, case.rows, case.outputs) if sparse else labels,
         loss=spec,
-        chunk=chunk,
+        chunk=chosen.chunk_size,
         compute_dtype=x_ND.dtype,
     )
-    family = kernels.select(w_LD.device)
     factor = 1 / case.rows if case.loss == CE else 1 / (case.rows * case.outputs)
-    scale_N = torch.full((case.rows,), factor, device=w_LD.device)
-    count = 0
+    return problem, torch.full((case.rows,), factor, device=w_LD.device)
+
+
+def _fused(case: Case, chosen: Plan) -> Callable[[], object]:
+    """As `loss_value="auto"` runs it: BCE's value comes with its gradient."""
+    from elmo_compile import kernels
+
+    problem, scale_N = _problem(case, chosen)
+    family, count = kernels.select(scale_N.device), 0
 
     def step() -> None:
         nonlocal count
-        forward = family.forward(problem)
-        update = Update(lr=LR, step=count)
+        stats, more = torch.empty(0, device=scale_N.device), {}
+        if case.loss == CE:
+            held = family.new_held(problem) if chosen.holds_logits else None
+            more = {} if held is None else {"held": held}
+            stats = family.forward(problem, **more).stats_2N
         family.backward_update(
-            problem,
-            forward.stats_2N,
-            scale_N,
-            update,
-            need_dx=True,
-            need_db=False,
-            need_value=False,
-        )
+            problem, stats, scale_N, Update(lr=LR, step=count), need_db=False,
+            need_value=case.loss == BCE, **more,
+        )  # fmt: skip
         count += 1
 
     return step
+
+
+def _unfused(case: Case, chosen: Plan) -> Callable[[], object]:
+    """A real weight gradient; applying it is the optimizer's, and not timed."""
+    from elmo_compile import kernels
+
+    problem, scale_N = _problem(case, chosen)
+    family = kernels.select(scale_N.device)
+    return lambda: family.loss_and_gradients(problem, scale_N, chosen.row_block, need_db=False)
 
 
 def _eager(case: Case) -> Callable[[], object]:

@@ -128,9 +128,13 @@ def _bench(arguments: argparse.Namespace) -> None:
     for name in ("", "wall ms", "cpu ms", "ratio", "memory"):
         table.add_column(name, justify="right" if name else "left")
     floor = result.timings[0].seconds
-    memory = {"elmo": result.plan.memory.bytes_after, "eager": result.plan.memory.bytes_before}
+    memory = {
+        bench.FUSED: result.plan.memory.bytes_after,
+        bench.UNFUSED: result.unfused_plan.memory.bytes_after,
+        bench.EAGER: result.plan.memory.bytes_before,
+    }
     for timing in result.timings:
-        held = memory.get(timing.name.split()[0])
+        held = memory.get(timing.name)
         table.add_row(
             timing.name,
             f"{1e3 * timing.seconds:.1f}",
@@ -141,6 +145,14 @@ def _bench(arguments: argparse.Namespace) -> None:
     console = Console(width=100)
     console.print(table)
     console.print(Text(f"chunks of {result.plan.chunk_size}; memory as planned, not measured"))
+    before, after = memory[bench.EAGER], memory[bench.FUSED]
+    console.print(
+        Text(
+            f"with a fused update a step holds {human_bytes(after)} instead of "
+            f"{human_bytes(before)}: {human_bytes(abs(before - after))} "
+            f"{'less' if after <= before else 'more'}, {before / after:.1f} times"
+        )
+    )
     for sentence in result.skipped:
         console.print(Text(f"skipped {sentence}"))
 

@@ -99,6 +99,9 @@ _TABLE[120, "half"] = dataclasses.replace(_TABLE[89, "half"], logits=Tile(128, 6
 _assumed: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
     "elmo_assumed_chip", default=None
 )
+_overridden: contextvars.ContextVar[dict[str, Tile] | None] = contextvars.ContextVar(
+    "elmo_tiles", default=None
+)
 
 
 @contextlib.contextmanager
@@ -139,8 +142,22 @@ def _nearest_chip(capability: int) -> int:
     return max(chip for chip in CHIPS if chip <= capability)
 
 
+@contextlib.contextmanager
+def override_tiles(**tiles: Tile) -> Iterator[None]:
+    """Take these tiles (fields of `Tiles`) and not the table's: tuning."""
+    token = _overridden.set(tiles)
+    try:
+        yield
+    finally:
+        _overridden.reset(token)
+
+
 def tiles_for(chip: int, compute_dtype: torch.dtype) -> Tiles:
     """The table's entry for a chip and the operand type of the products."""
+    return dataclasses.replace(_from_table(chip, compute_dtype), **(_overridden.get() or {}))
+
+
+def _from_table(chip: int, compute_dtype: torch.dtype) -> Tiles:
     return _TABLE[chip, "float" if compute_dtype == torch.float32 else "half"]
 
 

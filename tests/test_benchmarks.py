@@ -1,0 +1,34 @@
+"""The GPU benchmark runs, at sizes that mean nothing: a lent GPU must not meet its first bug."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["bce", "ce", "labels", "tune"],
+        pytest.param(["step"], marks=pytest.mark.slow, id="step"),
+    ],
+)
+def test_the_gpu_benchmark_runs_dry(parts, tmp_path):
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--dry", "--parts", *parts]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["failed"] == []
+    assert {row["part"] for row in report["rows"]} == {"ceilings", *parts}
+    failed = [row for row in report["rows"] if "failed" in row]
+    assert not failed
+    text = (tmp_path / "gpu.md").read_text()
+    assert all(f"**{part}**" in text for part in parts)
