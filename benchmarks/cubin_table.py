@@ -26,6 +26,7 @@ from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.kernels.triton.configs import CHIPS
 from elmo_compile.kernels.triton.offline import Cubin, compile_call
 from elmo_compile.kernels.triton.parameters import update_parameters
+from elmo_compile.kernels.triton.row_blocks import fits_row_blocks
 from elmo_compile.numerics.losses import BCE, CE, LossSpec, Positives
 from elmo_compile.numerics.update import Update
 
@@ -173,12 +174,18 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
     def topk() -> None:
         family.topk(p.x_ND, p.w_LD, p.b_L, 5, p.chunk, p.compute_dtype)
 
+    def row_blocks() -> None:
+        family.loss_and_gradients(p, torch.empty(case.rows, device="meta"), 64)
+
     def parameters() -> None:
         grad = torch.empty_like(p.w_LD, dtype=torch.float32)
         assert update_parameters([(p.w_LD, grad, update_named(p, case.update), None)] * 2) == []
 
     # Partly compensated parameters take launches of their own, one by one.
+    others: tuple[Callable[[], None], ...]
     others = (topk,) if case.update == "kahan rows" else (topk, parameters)
+    if fits_row_blocks(p, 64, True):
+        others = (*others, row_blocks)
     every = (*calls(p, case.update), *others)
     cubins = [cubin for call in every for cubin in compile_call(call, case.chip)]
     return [described(cubin, case.chip) for cubin in cubins]

@@ -46,6 +46,8 @@ def check(case: Case, kernels: list[dict[str, Any]]) -> None:
     missing = "ce_rows_kernel" if case.targets != "classes" else "bce_rows_kernel"
     not_there = {missing} | ({"parameters_kernel"} if case.update == "kahan rows" else set())
     names = PRODUCTS | {"db_kernel", "parameters_kernel"}
+    if case.targets == "classes" and case.stored == case.compute and case.rows <= 64 * 16:
+        names |= {"row_sums_kernel", "row_gradient_kernel"}
     assert {k["kernel"] for k in kernels} == names - not_there
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_LIMIT[case.chip], kernel
