@@ -7,6 +7,8 @@ targets are a contiguous slice of the pairs sorted by column. Shapes: C outputs 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,19 @@ from elmo_compile.kernels.aten.lanes import as_words
 from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.numerics import losses
 from elmo_compile.numerics.losses import CE, Positives
+
+LONGEST_SUM = 4096
+"""Outputs added up by one call of a piece: longer sums err more, and Inductor compiles a reduction
+once more for sizes beyond (a guard on 4096 elements, torch 2.13)."""
+
+
+def parts_of(
+    z_CN: Tensor, start: int, stop: int, most: int = LONGEST_SUM
+) -> Iterator[tuple[Tensor, int, int]]:
+    """A chunk of outputs [start, stop) in parts of at most `most`: (rows of z, start, stop)."""
+    for first in range(start, stop, most):
+        last = min(first + most, stop)
+        yield z_CN[first - start : last - start], first, last
 
 
 class ChunkLoss:
@@ -64,12 +79,15 @@ class ChunkLoss:
 
     def negatives(self, z_CN: Tensor, start: int, stop: int) -> Tensor:
         """BCE summed over a chunk as if every target not dense were 0, in float64 [N]."""
-        bias, y_CN = self.bias(start, stop), self.dense_of(start, stop)
-        if y_CN is not None:
-            parts = piece(pieces.bce_dense_rows, self.fast)(z_CN, bias, y_CN)
-        else:
-            parts = piece(pieces.bce_rows, self.fast, lanes=self.lanes)(self.words(z_CN), bias)
-        return self.join(parts).double()
+        total_N = torch.zeros(self.p.x_ND.shape[0], dtype=torch.float64)
+        for part, first, last in parts_of(z_CN, start, stop):
+            bias, y_CN = self.bias(first, last), self.dense_of(first, last)
+            if y_CN is not None:
+                rows = piece(pieces.bce_dense_rows, self.fast)(part, bias, y_CN)
+            else:
+                rows = piece(pieces.bce_rows, self.fast, lanes=self.lanes)(self.words(part), bias)
+            total_N += self.join(rows).double()
+        return total_N
 
     def target_logits(self, z_CN: Tensor, start: int, stop: int) -> _Picked | None:
         """The logits, bias included, at the targets of a chunk."""
@@ -103,7 +121,8 @@ class ChunkLoss:
         bias, y_CN = self.bias(start, stop), self.dense_of(start, stop)
         if rows_N is not None:
             run = piece(pieces.bce_rows_gradient_, self.fast, lanes=self.lanes)
-            rows_N += self.join(run(self.words(z_CN), bias)).double()
+            for part, first, last in parts_of(z_CN, start, stop):
+                rows_N += self.join(run(self.words(part), self.bias(first, last))).double()
             if picked is not None:
                 picked.add_values_(rows_N)
         elif stats is None and y_CN is None:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from elmo_compile.kernels.aten import pieces
+from elmo_compile.kernels.aten.chunk_loss import LONGEST_SUM, parts_of
 from elmo_compile.kernels.aten.compiled import piece
 from elmo_compile.kernels.aten.head import Head
 from elmo_compile.kernels.problem import Forward
 from elmo_compile.numerics import losses
 
-_LONGEST_SUM = 1024
-"""Exponentials added in float32; sums of them are added in float64."""
+_LONGEST_SUM_OF_FLOATS = 1024
+"""Exponentials of float32 logits added in float32; sums of them are added in float64."""
 
 
 class BinaryRows:
@@ -83,10 +84,9 @@ class SoftmaxRows:
         another order, a row's largest logit would not fit its log-sum-exp."""
         # The error of a float32 sum grows with its length; beside that of a narrow logit it is
         # nothing.
-        step = stop - start if self._loss.lanes else _LONGEST_SUM
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            self._add_exponentials(z_CN[first - start : last - start], first, last)
+        most = LONGEST_SUM if self._loss.lanes else _LONGEST_SUM_OF_FLOATS
+        for part, first, last in parts_of(z_CN, start, stop, most):
+            self._add_exponentials(part, first, last)
         self._scores.add(z_CN, start, stop)
 
     def _add_exponentials(self, z_CN: Tensor, start: int, stop: int) -> None:
