@@ -19,6 +19,7 @@ from elmo_compile.passes.graphs import copy_module, sites, source_of
 from elmo_compile.passes.pipeline import Analysis, analyze
 from elmo_compile.passes.plan import unmatched_lowp
 from elmo_compile.passes.records import PlannedHead
+from elmo_compile.planner import Plan
 from elmo_compile.report.records import Code, Match, Refusal, Section
 from elmo_compile.report.store import record, tell_updates
 from elmo_compile.runtime import CompiledGraph
@@ -127,6 +128,7 @@ def section(
         fused = kind == "fused"
         plan = head.fused_plan if fused else head.plan
         notes = head.notes + plan.notes
+        notes += _how(plan)
         if why:
             notes += (f"the update is not fused: {why}",)
         at_step = owner is not None and owner.policy().at_step
@@ -165,6 +167,21 @@ def section(
         graph_before=gm,
         graph_after=compiled.first.module,
     )
+
+
+def _how(plan: Plan) -> tuple[str, ...]:
+    """What of a plan the user should know, beside chunk and products."""
+    notes: tuple[str, ...] = ()
+    if plan.at_once:
+        notes += (
+            "the gradients are formed in the forward, which saves a product: the weight's exists "
+            "from then on, and is wasted where no backward follows (use torch.no_grad() there)",
+        )
+    if plan.row_block:
+        notes += (f"the logits of {plan.row_block} rows at a time are held",)
+    if plan.holds_logits:
+        notes += ("the logits are held from forward to backward: memory_budget has room for them",)
+    return notes
 
 
 def _deferred(top: PlannedHead, source: str) -> Match:

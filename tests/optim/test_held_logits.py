@@ -61,6 +61,7 @@ def test_the_same_bits(dtype, how):
     twin = copy.deepcopy(model)
     held, optimizer = trained(model, "1MiB", **how)
     assert elmo.last_report().matches[0].products == 3 + bool(how)
+    assert any("logits are held" in note for note in elmo.last_report().matches[0].notes)
     assert owner_of(model.head.weight)._held == {}
     torch._dynamo.reset()
     plain, _ = trained(twin, None, **how)

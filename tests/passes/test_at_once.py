@@ -86,6 +86,8 @@ def test_gradients(loss, reduction, lower):
     assert op_used()
     (match,) = elmo.last_report().matches
     assert match.products == 3
+    assert any("formed in the forward" in note for note in match.notes)
+    assert any("rows at a time" in note for note in match.notes) == (loss == "ce")
     same_gradients(model, step, *batch(), lambda loss: loss * -2.5)
     same_gradients(model, step, *batch(), lambda loss: loss.log().sin())
     same_gradients(model, step, *batch(57))
