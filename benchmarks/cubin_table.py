@@ -70,6 +70,7 @@ QUICK = (
     Case(89, "pairs", "fp8", "bf16", "sgd"),
     Case(100, "classes", "fp8", "bf16", "sgd"),
     Case(120, "pairs", "fp8", "bf16", "adamw kahan"),
+    Case(90, "pairs", "fp8", "fp8", "sgd"),
 )
 """Compiled by the default test run."""
 CASES = (
@@ -79,6 +80,7 @@ CASES = (
     *(Case(chip, "dense", "fp16", "fp16", "sgd") for chip in CHIPS),
     *(Case(chip, "values", "bf16", "bf16", "sgd") for chip in CHIPS),
     *(Case(chip, "pairs", "fp32", "fp32", "momentum float32") for chip in CHIPS),
+    *(Case(chip, "classes", "fp8", "fp8", "momentum") for chip in CHIPS),
     # Nothing a multiple of anything: masks everywhere; and a batch smaller than a tile.
     *(Case(chip, "pairs", "fp8", "bf16", "sgd", 37, 301) for chip in CHIPS),
 )
@@ -93,6 +95,7 @@ def problem(
     features: int = 768,
     outputs: int = 2 * CHUNK,
     bias: bool = True,
+    fp8_features: bool = False,
 ) -> HeadProblem:
     """A head call on meta tensors; `form` is classes, dense, pairs or values."""
 
@@ -119,6 +122,7 @@ def problem(
         loss=LossSpec(name=CE if form == "classes" else BCE, targets=targets),
         chunk=CHUNK,
         compute_dtype=compute,
+        fp8_features=fp8_features,
     )
 
 
@@ -166,7 +170,8 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
     p = problem(
         case.targets,
         STORED[case.stored],
-        NARROW[case.compute],
+        NARROW.get(case.compute, torch.bfloat16),
+        fp8_features=case.compute == "fp8",
         rows=case.rows,
         features=case.features,
     )
@@ -205,6 +210,8 @@ def described(cubin: Cubin, chip: int) -> dict[str, Any]:
         "shared": cubin.shared,
         "warps": cubin.warps,
         "blocks": blocks,
+        "instructions": cubin.instructions,
+        "loop": cubin.loop,
         "tensor_cores": bool(re.search(TENSOR_CORES[chip], cubin.ptx)),
         "atomics": bool(re.search(r"\b(atom|red)\.", cubin.ptx)),
     }
@@ -218,15 +225,17 @@ def write_table() -> None:
     RESULTS.write_text(f'{{"triton": {version}, "cases": {{\n{cases}\n}}}}\n')
     lines = [
         f"Triton {triton.__version__}. A case: chip, targets, stored, compute, update, N, D.",
-        "Shared memory in KiB; blocks: how many a multiprocessor holds at once.",
+        "Shared memory in KiB; blocks: how many a multiprocessor holds at once; instructions: all,",
+        "and those of the largest innermost loop.",
         "",
-        "| case | kernel | registers | spilled | shared | warps | blocks |",
-        "|---|---|---|---|---|---|---|",
+        "| case | kernel | registers | spilled | shared | warps | blocks | instructions | loop |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, rows in table.items():
         lines += [
             f"| {name} | {r['kernel']} | {r['registers']} | {r['spilled']} | "
-            f"{r['shared'] / 1024:.1f} | {r['warps']} | {r['blocks']} |"
+            f"{r['shared'] / 1024:.1f} | {r['warps']} | {r['blocks']} | "
+            f"{r['instructions']} | {r['loop']} |"
             for r in rows
         ]
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")

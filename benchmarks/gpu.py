@@ -1,12 +1,14 @@
 """The head step, a whole training step and cross entropy on a GPU, beside floors and peers.
 
     python benchmarks/gpu.py --out DIR                   # all parts: some 8 minutes on an H200
-    python benchmarks/gpu.py --out DIR --parts tune      # tiles by time, one kernel at a time
+    python benchmarks/gpu.py --out DIR --parts tune      # tiles and chunks by time
+    python benchmarks/gpu.py --out DIR --parts paper --paper CLONE
     python benchmarks/gpu.py --out DIR --dry             # tiny, also without a GPU: does it run?
 
 Parts: `bce` (head step, N=128, D=768, L to 8.6 million), `step` (BERT-base and 2 812 281 labels),
 `ce` (N=8192, D=4096, vocabularies of language models, with peers that are installed), `labels` (as
-many as the card holds), `tune`. Floors are from ceilings measured in the same run: a copy, and a
+many as the card holds), `tune`, `paper` (the paper's own kernels, from a clone of its repository).
+Floors are from ceilings measured in the same run: a copy, and a
 bf16 product of random numbers. Times are CUDA events, medians; memory is the allocator's peak.
 Raw rows go to DIR/gpu.json, the tables to DIR/gpu.md and the end of the output.
 """
@@ -15,98 +17,34 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import gc
 import importlib
 import json
 import platform
-import statistics
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_common import (
+    FP8,
+    MIB,
+    NAMES,
+    Bench,
+    Head,
+    Rows,
+    fresh,
+    kernel_step,
+    model_step,
+    timed,
+    weight,
+)
 from torch import Tensor, nn
 
 import elmo_compile as elmo
-
-Rows = list[dict[str, Any]]
-Step = Callable[[], Any]
-FP8 = torch.float8_e4m3fn
-NAMES = {torch.float32: "float32", torch.bfloat16: "bf16", FP8: "fp8"}
-MIB = 1 << 20
-
-
-@dataclasses.dataclass
-class Bench:
-    """Where and how large; `dry` keeps every size tiny."""
-
-    device: str
-    dry: bool
-    repeats: int
-    copy: float = 1.0
-    """Bytes a second, read plus written."""
-    flops: float = 1.0
-
-    def size(self, real: int, tiny: int) -> int:
-        """A size, or its stand-in of a dry run."""
-        return tiny if self.dry else real
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of the backend: a dry run's heads are tiny, and rewritten all the same."""
-        return {"min_outputs": 64} if self.dry else {}
-
-    def time(self, step: Step) -> float:
-        """Median seconds of a step, after two to warm up."""
-        step(), step()
-        times = []
-        for _ in range(self.repeats):
-            if self.device == "cpu":
-                start = time.perf_counter()
-                step()
-                times.append(time.perf_counter() - start)
-                continue
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            step()
-            last.record()
-            last.synchronize()
-            times.append(first.elapsed_time(last) / 1e3)
-        return statistics.median(times)
-
-    def peak(self, step: Step) -> tuple[float, float]:
-        """MiB (allocated, reserved) at the peak of one step, all that exists included."""
-        if self.device == "cpu":
-            return float("nan"), float("nan")
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / MIB, torch.cuda.max_memory_reserved() / MIB
-
-    def allocated(self) -> float:
-        """MiB that exist now."""
-        return float("nan") if self.device == "cpu" else torch.cuda.memory_allocated() / MIB
-
-
-@contextlib.contextmanager
-def fresh() -> Iterator[None]:
-    """Nothing compiled or cached before; nothing left behind."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    try:
-        yield
-    finally:
-        torch._dynamo.reset()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def ceilings(b: Bench) -> Rows:
@@ -117,75 +55,6 @@ def ceilings(b: Bench) -> Rows:
     x, y = (torch.randn(m, m, device=b.device).bfloat16() for _ in range(2))
     b.flops = 2 * m**3 / b.time(lambda: torch.mm(x, y))
     return [{"part": "ceilings", "TB/s": b.copy / 1e12, "bf16 TFLOP/s": b.flops / 1e12}]
-
-
-def weight(outputs: int, features: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Random weights, made in pieces."""
-    w = torch.empty(outputs, features, dtype=dtype, device=device)
-    for start in range(0, outputs, 1 << 18):
-        rows = w[start : start + (1 << 18)]
-        rows.copy_(0.02 * torch.randn(rows.shape, device=device))
-    return w
-
-
-class Head(nn.Module):
-    """A head and its loss; features are an input."""
-
-    def __init__(self, w: Tensor, *, bias: bool = False) -> None:
-        super().__init__()
-        with torch.device("meta"):
-            head = nn.Linear(w.shape[1], w.shape[0], bias=bias)
-        if w.dtype == FP8:
-            head = elmo.heads.LowPrecisionLinear.of(head, w.dtype)
-        head.weight = nn.Parameter(w)
-        if bias:
-            head.bias = nn.Parameter(torch.zeros(w.shape[0], device=w.device))
-        self.head = head
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy of classes [N], BCE (sum over labels, mean over rows) of lists [N, P]."""
-        z = self.head(x)
-        if labels.ndim == 1:
-            return F.cross_entropy(z, labels)
-        y = elmo.multi_hot(labels, z.shape[-1])
-        return F.binary_cross_entropy_with_logits(z, y, reduction="sum") / z.shape[0]
-
-
-def kernel_step(
-    b: Bench, x: Tensor, w: Tensor, labels: Tensor, rounding: str = "stochastic"
-) -> Step:
-    """The fused BCE step without torch.compile around it."""
-    from elmo_compile import kernels
-    from elmo_compile.kernels.problem import HeadProblem
-    from elmo_compile.kernels.targets import positives_of
-    from elmo_compile.numerics.losses import BCE, LossSpec
-    from elmo_compile.numerics.update import Update
-    from elmo_compile.planner import HeadShape, Plan, limits_for, plan
-
-    spec = LossSpec(name=BCE, targets="padded")
-    (N, D), L, family = x.shape, w.shape[0], kernels.select(x.device)
-    kind: Any = x.device.type
-    cache = torch.cuda.get_device_properties(0).L2_cache_size if kind == "cuda" else None
-    shape = HeadShape(
-        rows=N, features=D, outputs=L, loss=spec, weight_dtype=w.dtype, feature_dtype=x.dtype,
-        compute_dtype=x.dtype, positives=labels.numel(), fused_update=True, device=kind,
-        loss_value="deferred",
-    )  # fmt: skip
-    planned = plan(shape, None, limits_for(kind, cache))
-    assert isinstance(planned, Plan)
-    scale, none, count = torch.full((N,), 1 / N, device=b.device), x.new_empty(0).float(), 0
-
-    def step() -> None:
-        nonlocal count
-        count += 1
-        problem = HeadProblem(
-            x_ND=x, w_LD=w, b_L=None, target=positives_of(spec, labels, None, N, L), loss=spec,
-            chunk=planned.chunk_size, compute_dtype=x.dtype,
-        )  # fmt: skip
-        update = Update(lr=1e-6, rounding="stochastic", step=count)
-        family.backward_update(problem, none, scale, update, need_db=False)
-
-    return step
 
 
 def bce(b: Bench) -> Rows:
@@ -201,37 +70,18 @@ def bce(b: Bench) -> Rows:
                 floor = max(2 * w.numel() * w.element_size() / b.copy, 6 * N * L * D / b.flops)
                 row = {"part": "bce", "L": L, "dtype": NAMES[dtype]}
                 kernels = kernel_step(b, x, w, labels)
-                rows.append({**row, "contender": "kernels", **_timed(b, kernels, floor)})
+                rows.append({**row, "contender": "kernels", **timed(b, kernels, floor)})
                 whole = model_step(b, Head(w), x, labels)
                 name = "torch.compile, backend elmo"
-                rows.append({**row, "contender": name, **_timed(b, whole, floor)})
+                rows.append({**row, "contender": name, **timed(b, whole, floor)})
+                if dtype != FP8:
+                    continue
+                kernels = kernel_step(b, x, w, labels, fp8_features=True)
+                name = "kernels, fp8 features"
+                rows.append({**row, "contender": name, **timed(b, kernels, floor)})
         if b.dry:
             break
     return rows
-
-
-def _timed(b: Bench, step: Step, floor: float) -> dict[str, Any]:
-    """Time and memory of a step; `above MiB` is what its peak adds to what exists without it."""
-    seconds, before = b.time(step), b.allocated()
-    allocated, reserved = b.peak(step)
-    return {
-        "ms": 1e3 * seconds, "floor ms": 1e3 * floor, "ratio": seconds / floor,
-        "above MiB": allocated - before, "peak MiB": allocated, "reserved MiB": reserved,
-    }  # fmt: skip
-
-
-def model_step(b: Bench, model: nn.Module, x: Tensor, labels: Tensor) -> Step:
-    """A step through the backend, the head's update fused."""
-    step_fn = torch.compile(model, backend="elmo", options=b.options)
-    optimizer = elmo.optim.SGD(model.parameters(), lr=1e-6)
-    x = x.clone().requires_grad_()
-
-    def step() -> None:
-        step_fn(x, labels).backward()
-        optimizer.step()
-        x.grad = None
-
-    return step
 
 
 class Classifier(nn.Module):
@@ -363,7 +213,7 @@ def cross_entropy(b: Bench) -> Rows:
                 made = _compare(b, loss, x, w.detach(), y, truth, floor)
                 rows.append({**row, "contender": name, **made})
             fused = model_step(b, Head(w.clone()), x, y)
-            rows.append({**row, "contender": "elmo, fused update", **_timed(b, fused, floor)})
+            rows.append({**row, "contender": "elmo, fused update", **timed(b, fused, floor)})
         if b.dry:
             break
     return rows
@@ -424,44 +274,13 @@ def _compare(
 
 
 def tune(b: Bench) -> Rows:
-    """Each tile of the BCE step by itself, the others as in the table."""
-    from elmo_compile.kernels.triton.configs import Tile, override_tiles
+    """Tiles and chunks, with the kernels' own package."""
+    return importlib.import_module("gpu_tune").tune(b)
 
-    N, D, L = b.size(128, 8), b.size(768, 32), b.size(670_091, 500)
-    sides = [(128, 64), (128, 128), (128, 256), (64, 128), (256, 64)]
-    candidates = {
-        field: [
-            Tile(rows, columns, inner, warps, stages)
-            for rows, columns in sides
-            for inner, warps, stages in ((64, 8, 3), (64, 8, 4), (64, 4, 3), (128, 8, 2))
-        ]
-        for field in ("logits", "features", "weights")
-    }
-    if b.dry:
-        candidates = {field: [Tile(16, 32, 32, 1, 1)] for field in candidates}
-    rows: Rows = []
-    for dtype in (torch.bfloat16, FP8):
-        with fresh():
-            x = torch.randn(N, D, device=b.device).bfloat16()
-            w = weight(L, D, dtype, b.device)
-            labels = torch.randint(0, L, (N, 5), device=b.device)
-            step = kernel_step(b, x, w, labels)
-            best: dict[str, Tile] = {}
-            for field, tiles in candidates.items():
-                timed = {}
-                for tile in tiles:
-                    row = {"part": "tune", "dtype": NAMES[dtype], "kernel": field, "tile": tile}
-                    try:
-                        with override_tiles(**best, **{field: tile}):
-                            timed[tile] = b.time(step)
-                    except Exception as error:  # does not fit the chip: a result
-                        rows.append({**row, "failed": type(error).__name__})
-                        continue
-                    rows.append({**row, "ms": 1e3 * timed[tile]})
-                if timed:
-                    best[field] = min(timed, key=lambda tile: timed[tile])
-                    print(NAMES[dtype], field, best[field], 1e3 * timed[best[field]], flush=True)
-    return rows
+
+def paper(b: Bench) -> Rows:
+    """The paper's kernels."""
+    return importlib.import_module("gpu_paper").paper(b)
 
 
 PARTS: dict[str, Callable[[Bench], Rows]] = {
@@ -470,6 +289,7 @@ PARTS: dict[str, Callable[[Bench], Rows]] = {
     "step": whole_step,
     "labels": most_labels,
     "tune": tune,
+    "paper": paper,
 }
 
 
@@ -510,8 +330,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of gpu.json and gpu.md")
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=[p for p in PARTS if p != "tune"]
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=[p for p in PARTS if p not in ("tune", "paper")],
     )
+    parser.add_argument("--paper", type=Path, help="clone of the paper's repository")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument(
         "--dry", action="store_true", help="tiny sizes, on a CPU if there is no GPU"
@@ -520,7 +344,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.dry:
         raise SystemExit("no CUDA device here; --dry runs tiny sizes on the CPU")
-    b = Bench(device, options.dry, 2 if options.dry else options.repeats)
+    repeats = 2 if options.dry else options.repeats
+    b = Bench(device, options.dry, repeats, options.paper)
     options.out.mkdir(parents=True, exist_ok=True)
     rows, failed = ceilings(b), []
     for part in options.parts:

@@ -18,7 +18,9 @@ from elmo_compile.errors import OptionError
 Lower = Literal["inductor", "eager"]
 LossValue = Literal["auto", "exact", "deferred"]
 
-COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+COMPUTE_DTYPES = (
+    torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64,
+)  # fmt: skip
 """Operand dtypes the matrix products of a head can have."""
 
 _UNITS = {"": 1, "B": 1}
@@ -46,7 +48,10 @@ class Options:
     choice. Given, it wins over `memory_budget`."""
     compute_dtype: torch.dtype | str | None = None
     """Operand dtype of the matrix products, as torch.dtype or its name ("bfloat16"); stored as
-    torch.dtype. None: by storage dtype and device."""
+    torch.dtype. None: by storage dtype and device. `float8_e4m3fn`, for heads stored so: features
+    are rounded to E4M3 too, each row with a scale that is a power of two, for the losses with
+    kernels of their own and all their gradients; chips with fp8 products (sm_89 and newer) take
+    them for the logits, others the same numbers in bf16. Never chosen by default."""
     loss_value: LossValue = "auto"
     """When the number is computed. `exact`: in forward, by a product of its own. `deferred`: NaN
     until backward() fills it in, one product less with a fused update. `auto`: a tensor that

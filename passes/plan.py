@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 
 from elmo_compile.config import LossValue, Options
+from elmo_compile.numerics.features import FP8
 from elmo_compile.numerics.losses import CE
 from elmo_compile.passes.graphs import hint, hints, source_of, tensor_of
 from elmo_compile.passes.records import HeadMatch, PlannedHead, ProgramMatch, Region
@@ -40,7 +41,7 @@ def plan_match(match: HeadMatch | ProgramMatch, options: Options) -> PlannedHead
     x = tensor_of(match.x)
     assert weight is not None
     assert x is not None
-    refusal = _check(match, weight)
+    refusal = _check(match, weight, options)
     if refusal is not None:
         return refusal
     device = weight.device.type
@@ -57,6 +58,11 @@ def plan_match(match: HeadMatch | ProgramMatch, options: Options) -> PlannedHead
     if isinstance(match, HeadMatch) and not match.region.site.path:
         loss_output = returned_at(match.output)
     value, notes = _value(match, options, loss_output)
+    if compute == FP8:
+        notes += (
+            "features are rounded to float8_e4m3fn, each row with a scale that is a power of two; "
+            "gradients are those at the rounded features",
+        )
     return PlannedHead(
         match=match,
         plan=plans[0],
@@ -199,7 +205,7 @@ def _shape(
         loss=match.loss,
         weight_dtype=weight.dtype,
         feature_dtype=x.dtype,
-        compute_dtype=compute,
+        compute_dtype=torch.bfloat16 if compute == FP8 else compute,
         has_bias=match.bias is not None,
         positives=positives,
         dense_target_dtype=dense,
@@ -254,7 +260,15 @@ def _limits(device: str) -> Any:
     return limits_for("cpu")
 
 
-def _check(match: HeadMatch | ProgramMatch, weight: torch.Tensor) -> Refusal | None:
+def _check(
+    match: HeadMatch | ProgramMatch, weight: torch.Tensor, options: Options
+) -> Refusal | None:
+    if options.compute == FP8 and weight.dtype != FP8:
+        return _refuse(
+            match, Code.UNSUPPORTED_DTYPE,
+            f"compute_dtype=float8_e4m3fn with a weight stored in {weight.dtype}",
+            "convert_head(model, dtype=torch.float8_e4m3fn), or another compute_dtype",
+        )  # fmt: skip
     if weight.dtype not in WEIGHT_DTYPES:
         return _refuse(
             match, Code.UNSUPPORTED_DTYPE, f"a weight stored in {weight.dtype}",

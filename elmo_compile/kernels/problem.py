@@ -52,6 +52,9 @@ class HeadProblem:
     """Operand dtype of the matrix products: float64, float32, float16 or bfloat16. Logits and their
     gradient are computed in float32 (float64 for float64), the gradient stored at most in this
     dtype."""
+    fp8_features: bool = False
+    """Whether x is as `numerics.features.round_features` leaves it, so that the logits' product may
+    be one of fp8 with fp8; `compute_dtype` is bfloat16 and the weight float8_e4m3fn then."""
     wide_dw: bool = False
     """Whether the weight gradient is float32 whatever the weight is stored in."""
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from elmo_compile.errors import InputError
 from elmo_compile.kernels.problem import Forward, HeadProblem
+from elmo_compile.numerics.features import FP8, round_features
 from elmo_compile.numerics.losses import BCE, CE, LossSpec
 from elmo_compile.ops.kept import KEPT, collector
 
@@ -72,14 +73,16 @@ def make_problem(
     if x_ND.device.type == "cpu":
         check_targets(spec, target, target_aux, N, L)
     sparse = spec.targets not in ("classes", "dense")
+    fp8 = compute == FP8
     return HeadProblem(
-        x_ND=x_ND,
+        x_ND=round_features(x_ND) if fp8 else x_ND,
         w_LD=w_LD,
         b_L=b_L,
         target=positives_of(spec, target, target_aux, N, L) if sparse else target,
         loss=spec,
         chunk=chunk,
-        compute_dtype=compute,
+        compute_dtype=torch.bfloat16 if fp8 else compute,
+        fp8_features=fp8,
         wide_dw=wide_dw,
     )
 

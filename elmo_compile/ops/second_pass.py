@@ -60,7 +60,8 @@ class KeptHead:
     def merged_key(self) -> Any:
         """Backwards with the same key can be merged."""
         p = self.problem
-        return p.loss.name, p.loss.targets, p.loss.ignore_index, p.compute_dtype, p.b_L is None
+        loss = p.loss.name, p.loss.targets, p.loss.ignore_index
+        return *loss, p.compute_dtype, p.fp8_features, p.b_L is None
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)

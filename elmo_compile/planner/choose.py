@@ -19,7 +19,9 @@ SMALLEST_CHUNK = 64
 """Outputs; a budget that does not hold even this is refused."""
 ENOUGH_LOGITS = 1 << 21
 """Of a chunk on a CPU: a larger one gains nothing."""
-ROOM = 48 << 20
+ENOUGH_OPERATIONS = 1 << 35
+"""Of one product of a chunk on a GPU: 50 us at 700 TFLOP/s, where the host takes 20 to start it."""
+ROOM = {"cpu": 48 << 20, "cuda": 64 << 20}
 """Bytes of temporaries that such a chunk stays within, and within a quarter of the logits."""
 ROW_BLOCK_BYTES = 64 << 20
 """Logits held at once, by default, where that saves a product."""
@@ -174,17 +176,23 @@ def choose_row_block(shape: HeadShape, options: Options, limits: DeviceLimits) -
 def cache_chunk(shape: HeadShape, limits: DeviceLimits) -> int:
     """Outputs whose weight and chunk temporaries fit the cache share; at least the minimum.
 
-    On a CPU more, where the logits are so large that it hardly counts: what starting a product
-    costs weighs more than misses, up to `ENOUGH_LOGITS` a chunk (benchmarks/NOTES.md).
+    More, where the logits are so large that it hardly counts: what starting a product costs weighs
+    more than misses, up to `ENOUGH_LOGITS` a chunk on a CPU and `ENOUGH_OPERATIONS` on a GPU
+    (benchmarks/NOTES.md).
     """
     fixed, slope = _line(shape, temporary_formulas(shape))
     per_output = slope + shape.number(shape.weight_dtype.itemsize * D)
-    chunk = limits.working_set // per_output
+    rows, outputs = shape.number(shape.rows), shape.number(shape.outputs)
+    logits = shape.compute_dtype.itemsize * rows * outputs
+    room = max(0, min(ROOM[limits.kind], logits // 4) - fixed - 1) // slope
     if limits.kind == "cpu":
-        rows, outputs = shape.number(shape.rows), shape.number(shape.outputs)
-        room = max(0, min(ROOM, shape.compute_dtype.itemsize * rows * outputs // 4) - fixed - 1)
-        larger = (limits.cache_bytes * 3 // 2 // per_output, ENOUGH_LOGITS // rows, room // slope)
-        chunk = max(chunk, min(larger))
+        enough = min(limits.cache_bytes * 3 // 2 // per_output, ENOUGH_LOGITS // rows)
+    else:
+        enough = ENOUGH_OPERATIONS // (2 * rows * shape.number(shape.features))
+    chunk = max(limits.working_set // per_output, min(room, enough))
+    if limits.kind == "cuda":  # alike, so that the last one fills the chip as well
+        chunk = -(-outputs // max(1, -(-outputs // max(chunk, limits.min_chunk))))
+        return max(limits.min_chunk, -(-chunk // limits.multiple) * limits.multiple)
     return max(limits.min_chunk, _floor(chunk, limits.multiple))
 
 

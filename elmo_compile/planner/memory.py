@@ -202,6 +202,10 @@ def _cuda_buffers(shape: HeadShape) -> list[tuple[str, Any]]:
     if shape.features_trainable:
         terms.append(("feature gradient", 4 * N * D))
         terms.append(("feature gradient, split sums", SPLIT_SUMS + 4 * N * D))
+    if shape.weight_trainable and shape.fused_update:
+        stored = (shape.weight_dtype, shape.momentum_dtype)
+        rounded = sum(1 for dtype in stored if dtype is not None and dtype.itemsize < 4)
+        terms += [("rounding keys", 4 * rounded * C)] if rounded else []
     # One float32 maximum and one float64 sum a row from each of `ROW_PARTS` programs.
     terms.append(("row statistics", (12 * ROW_PARTS if shape.loss.name == CE else 8) * N))
     return terms

@@ -83,6 +83,19 @@ def test_cuda_chunks_keep_the_matrix_units_busy():
     assert made(shape(1 << 16, device="cuda")).chunk_size == 4096
 
 
+@pytest.mark.parametrize("dtype", [FP8, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [670_091, 1_305_265, 2_812_281, 8_600_000])
+def test_cuda_chunks_are_worth_starting(outputs, dtype):
+    """Few and alike; what they take stays far below the logits."""
+    head = shape(outputs=outputs, dtype=dtype, device="cuda")
+    found = made(head)
+    chunks = -(-outputs // found.chunk_size)
+    assert 2 * 128 * 768 * found.chunk_size > choose.ENOUGH_OPERATIONS / 2
+    assert outputs - (chunks - 1) * found.chunk_size > 0.9 * found.chunk_size
+    assert found.saves
+    assert found.temporary_bytes <= 80 * MIB
+
+
 @pytest.mark.parametrize("outputs", [1, 63, 64, 1000, 1024])
 def test_never_more_than_the_outputs(outputs):
     assert made(shape(outputs=outputs)).chunk_size == outputs

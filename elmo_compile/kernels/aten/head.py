@@ -76,14 +76,16 @@ class Operands:
         fast: bool,
         rows: int | None = None,
         wide_dw: bool = False,
+        weight: StoredWeight | None = None,
     ) -> None:
-        """rows: of the operand, where it is padded to more than N; wide_dw: see `HeadProblem`."""
+        """rows: of the operand, where it is padded to more than N; wide_dw: see `HeadProblem`;
+        weight: of another call on the same weight and chunk, whose buffers to take over."""
         self.w_LD, self.wide_dw, self.fast, self.update = w_LD, wide_dw, fast, update
         self.num_rows, self.num_outputs = x_ND.shape[0], w_LD.shape[0]
         self.operand = operand_dtype(compute_dtype, w_LD.device)
         self.work = torch.float64 if self.operand == torch.float64 else torch.float32
         self.chunk = min(chunk, self.num_outputs)
-        self.weight = StoredWeight(w_LD, self.operand, self.chunk, update, fast)
+        self.weight = weight or StoredWeight(w_LD, self.operand, self.chunk, update, fast)
         rows = self.num_rows if rows is None else rows
         self.x_ND = torch.zeros(rows, x_ND.shape[1], dtype=self.operand, device=x_ND.device)
         self.x_ND[: self.num_rows] = self.weight.features(x_ND.detach())
@@ -117,8 +119,10 @@ class Head(Operands):
         held: Tensor | None = None,
         *,
         fill: bool = False,
+        weight: StoredWeight | None = None,
     ) -> None:
-        """held: all logits [L, rows of the operand], to be filled (`fill`) or used up."""
+        """held: all logits [L, rows of the operand], to be filled (`fill`) or used up. weight: see
+        `Operands`."""
         self.p, self._held, self._fill = p, held, fill
         num_rows, num_outputs = p.x_ND.shape[0], p.w_LD.shape[0]
         fast = num_rows * num_outputs >= SMALL
@@ -126,7 +130,7 @@ class Head(Operands):
         rows = operand_rows(p)
         super().__init__(
             p.x_ND, p.w_LD, p.chunk, p.compute_dtype, update, fast=fast, rows=rows,
-            wide_dw=p.wide_dw,
+            wide_dw=p.wide_dw, weight=weight,
         )  # fmt: skip
         self.loss = ChunkLoss(p, rows, lanes, self.work, fast)
 

@@ -24,6 +24,7 @@ from elmo_compile.kernels.aten.head import (
     WeightGradient,
     wide_product,
 )
+from elmo_compile.numerics.features import FP8, round_features
 from elmo_compile.numerics.update import Update
 from elmo_compile.programs.record import Program
 from elmo_compile.programs.run import iterate, run
@@ -37,7 +38,14 @@ class Product:
     """Features [.., D]."""
     w_LD: Tensor
     compute_dtype: torch.dtype
+    """float8_e4m3fn: the features are rounded so, and the products are of bfloat16."""
     wide_dw: bool = False
+
+    def __post_init__(self) -> None:
+        if self.compute_dtype == FP8:
+            rounded = round_features(self.x.reshape(-1, self.x.shape[-1])).view(self.x.shape)
+            object.__setattr__(self, "x", rounded)
+            object.__setattr__(self, "compute_dtype", torch.bfloat16)
 
 
 class ProductGradients:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elmo_compile.kernels.aten.head import BiasGradient, FeatureGradient, Head, WeightGradient
 from elmo_compile.kernels.aten.row_losses import SoftmaxRows
+from elmo_compile.kernels.aten.stored import StoredWeight
 from elmo_compile.kernels.aten.topk import TopRows
 from elmo_compile.kernels.problem import Gradients, HeadProblem
 
@@ -45,10 +46,12 @@ def row_blocks(
     dw: WeightGradient | None = None
     db_L: Tensor | None = None
     held: Tensor | None = None
+    weight: StoredWeight | None = None
     for start in range(0, num_rows, rows) if num_rows else (0,):
         stop = min(start + rows, num_rows)
         x_RD, target_R = p.x_ND[start:stop], p.target[start:stop]
-        head = Head(dataclasses.replace(p, x_ND=x_RD, target=target_R))
+        head = Head(dataclasses.replace(p, x_ND=x_RD, target=target_R), weight=weight)
+        weight = head.weight
         if held is None:
             held = torch.empty(num_outputs * head.x_ND.shape[0], dtype=head.operand)
         z_LR = held[: num_outputs * head.x_ND.shape[0]].view(num_outputs, -1)

@@ -1,7 +1,8 @@
 """Tile shapes and pipeline depths, as data: one row a chip and operand type. Not autotuned yet.
 
 Chosen offline for registers (no spills) and shared memory (benchmarks/cubin_table.py), not by time:
-nothing here has been timed on a GPU.
+nothing here has been timed on a GPU. The shared pass is for chips whose products read operands from
+shared memory; with `mma.sync` it spills.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from elmo_compile.errors import OptionError
 INTERPRETER = 0
 """The "chip" of CPU tensors: small tiles, so that small tests have many."""
 CHIPS = (80, 89, 90, 100, 120)
+WITHOUT_FP8 = (80,)
+"""Chips that have no products of fp8 with fp8."""
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory a block may have."""
 
@@ -45,6 +48,10 @@ class Tiles:
     """Rows of the batch x features, over outputs."""
     weights: Tile
     """Outputs x features, over rows of the batch."""
+    shared: Tile | None = None
+    """dx and the update in one pass: all rows of the batch x features, over outputs. None: no."""
+    shared_with_state: Tile | None = None
+    """The same, where any state takes registers too."""
 
     @property
     def weights_with_state(self) -> Tile:
@@ -57,6 +64,8 @@ _SMALL = Tiles(
     logits_narrow=Tile(16, 32, 32, 1, 1),
     features=Tile(16, 32, 32, 1, 1),
     weights=Tile(32, 16, 16, 1, 1),
+    shared=Tile(32, 16, 16, 1, 1),
+    shared_with_state=Tile(32, 16, 16, 1, 1),
 )
 _FLOAT = Tile(64, 64, 32, 4, 2)
 _FLOATS = Tiles(
@@ -85,12 +94,16 @@ _TABLE: dict[tuple[int, str], Tiles] = {
         logits_narrow=Tile(128, 64, 64, 8, 3),
         features=Tile(128, 128, 64, 8, 3),
         weights=Tile(128, 64, 64, 8, 2),
+        shared=Tile(128, 64, 64, 4, 3),
+        shared_with_state=Tile(128, 64, 64, 8, 3),
     ),
     (100, "half"): Tiles(
         logits=Tile(128, 128, 64, 8, 3),
         logits_narrow=Tile(128, 64, 64, 8, 3),
         features=Tile(128, 128, 64, 8, 3),
         weights=Tile(128, 64, 64, 8, 2),
+        shared=Tile(128, 64, 64, 8, 2),
+        shared_with_state=Tile(128, 32, 64, 8, 2),
     ),
 } | {(chip, "float"): _FLOATS for chip in CHIPS}
 # As much shared memory as sm_89, and its products; 128 x 128 logits spill there.
@@ -99,7 +112,7 @@ _TABLE[120, "half"] = dataclasses.replace(_TABLE[89, "half"], logits=Tile(128, 6
 _assumed: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
     "elmo_assumed_chip", default=None
 )
-_overridden: contextvars.ContextVar[dict[str, Tile] | None] = contextvars.ContextVar(
+_overridden: contextvars.ContextVar[dict[str, Tile | None] | None] = contextvars.ContextVar(
     "elmo_tiles", default=None
 )
 
@@ -143,7 +156,7 @@ def _nearest_chip(capability: int) -> int:
 
 
 @contextlib.contextmanager
-def override_tiles(**tiles: Tile) -> Iterator[None]:
+def override_tiles(**tiles: Tile | None) -> Iterator[None]:
     """Take these tiles (fields of `Tiles`) and not the table's: tuning."""
     token = _overridden.set(tiles)
     try:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elmo_compile.kernels.triton.configs import batch_block
+from elmo_compile.kernels.triton.configs import Tile, batch_block
 from elmo_compile.kernels.triton.device_math import ceil_div
 from elmo_compile.kernels.triton.launch import Call
 from elmo_compile.kernels.triton.product import product
@@ -69,37 +69,54 @@ def _features_kernel(
     tl.store(sums + offsets, before + acc, mask=mask)
 
 
+class SplitSums:
+    """Sums of dx, one for each of a fixed number of splits of a chunk's outputs."""
+
+    def __init__(self, c: Call, tile: Tile, programs: int) -> None:
+        """As many splits as it takes to have `programs` programs, of tiles as `tile` says: rows
+        of the batch x features, over outputs."""
+        N, D, _ = c.shape
+        self._call = c
+        self.block_n = batch_block(tile.rows, N)
+        self.tiles = -(-N // self.block_n) * -(-D // tile.columns)
+        splits = max(1, programs // max(1, self.tiles))
+        steps = -(-c.chunk // tile.inner)
+        self.outputs_each = -(-steps // splits) * tile.inner
+        most = -(-c.chunk // self.outputs_each)
+        self.sums_SND = c.x_ND.new_zeros((most, N, D), dtype=torch.float32)
+
+    def grid(self, L: int) -> int:
+        """Programs for a chunk of L outputs."""
+        return self.tiles * -(-L // self.outputs_each)
+
+    def result(self, scale_N: Tensor) -> Tensor:
+        """float32 [N, D]: the sums over all chunks, each row times its scale."""
+        factor_N = scale_N / self._call.gradient_scale
+        return self.sums_SND.sum(0).mul_(factor_N[:, None])
+
+
 class FeatureGradient:
-    """dx of a call, summed chunk by chunk."""
+    """dx of a call by a product of its own, summed chunk by chunk."""
 
     def __init__(self, c: Call) -> None:
-        N, D, _ = c.shape
-        tile = c.tiles.features
         self._call = c
-        self._block_n = batch_block(tile.rows, N)
-        self._tiles = -(-N // self._block_n) * -(-D // tile.columns)
-        splits = max(1, c.processors // max(1, self._tiles))
-        steps = -(-c.chunk // tile.inner)
-        self._outputs_each = -(-steps // splits) * tile.inner
-        self._splits = -(-c.chunk // self._outputs_each)
-        self._sums_SND = c.x_ND.new_zeros((self._splits, N, D), dtype=torch.float32)
+        self.sums = SplitSums(c, c.tiles.features, c.processors)
 
     def add(self, g_NL: Tensor, w_LD: Tensor) -> None:
         """Add a chunk: its gradient and its weights as they were."""
-        c, tile = self._call, self._call.tiles.features
+        c, tile, sums = self._call, self._call.tiles.features, self.sums
         N, D, _ = c.shape
         L = g_NL.shape[1]
-        splits = -(-L // self._outputs_each)
-        _features_kernel[(self._tiles * splits,)](
+        _features_kernel[(sums.grid(L),)](
             g_NL,
             w_LD,
-            self._sums_SND,
+            sums.sums_SND,
             N=N,
             D=D,
             L=L,
             g_stride=g_NL.stride(0),
-            outputs_each=self._outputs_each,
-            BLOCK_N=self._block_n,
+            outputs_each=sums.outputs_each,
+            BLOCK_N=sums.block_n,
             BLOCK_D=tile.columns,
             BLOCK_K=tile.inner,
             EVEN_D=D % tile.columns == 0,
@@ -108,8 +125,3 @@ class FeatureGradient:
             num_stages=tile.stages,
             **c.constants,
         )
-
-    def result(self, scale_N: Tensor) -> Tensor:
-        """float32 [N, D]: the sums over all chunks, each row times its scale."""
-        factor_N = scale_N / self._call.gradient_scale
-        return self._sums_SND.sum(0).mul_(factor_N[:, None])

@@ -13,6 +13,7 @@ from torch import Tensor
 from elmo_compile.kernels.triton.configs import batch_block
 from elmo_compile.kernels.triton.device_math import (
     ceil_div,
+    exp,
     expm1_nonpositive,
     tile_sum,
 )
@@ -35,6 +36,7 @@ def _log_probability(z, lse_ptr, n0, rows, N):
 @triton.jit(do_not_specialize=["first_output"])
 def _gradient_kernel(
     x_ptr,
+    x_scale_ptr,
     w_ptr,
     b_ptr,
     lse_ptr,
@@ -48,6 +50,8 @@ def _gradient_kernel(
     cols_ptr,
     values_ptr,
     bounds_ptr,
+    scale_ptr,
+    db_ptr,
     N,
     D,
     L,
@@ -63,7 +67,10 @@ def _gradient_kernel(
     PRECISION: tl.constexpr,
     TARGETS: tl.constexpr,
 ):
-    """g[n, l] = dloss_n/dz_nl; value, if asked for: see `Gradient`."""
+    """g[n, l] = dloss_n/dz_nl; value, if asked for: see `Gradient`.
+
+    db, if asked for (the tile holds all rows): db[l] = sum_n scale[n] g[n, l].
+    """
     blocks = ceil_div(N, BLOCK_N)
     tile = tl.program_id(0) // blocks
     n0 = (tl.program_id(0) % blocks) * BLOCK_N
@@ -72,7 +79,7 @@ def _gradient_kernel(
     outputs = tl.arange(0, BLOCK_L)
     row_real = rows < N - n0
     z = logits_tile(
-        x_ptr, w_ptr, b_ptr, n0, l0, N, D, L,
+        x_ptr, x_scale_ptr, w_ptr, b_ptr, n0, l0, N, D, L,
         BLOCK_L, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE, PRECISION,
     )  # fmt: skip
     output_real = outputs < L - l0
@@ -82,7 +89,7 @@ def _gradient_kernel(
         )
         t = _log_probability(z, lse_ptr, n0, rows, N)
         at_class = tile_sum(tl.where(hit, t, 0.0), 1)
-        g = tl.where(hit, expm1_nonpositive(at_class)[:, None], tl.exp(t))
+        g = tl.where(hit, expm1_nonpositive(at_class)[:, None], exp(t))
         g = tl.where(counted[:, None], g, 0.0)
         if value_ptr is not None:
             tl.store(value_ptr + n0 + rows, -at_class, mask=here)
@@ -90,7 +97,7 @@ def _gradient_kernel(
         t = _log_probability(z, lse_ptr, n0, rows, N)
         mass = tl.load(mass_ptr + n0 + rows, mask=row_real, other=0.0)[:, None]
         y = dense_tile(target_ptr, target_n, target_l, n0, l0, N, L, BLOCK_L, BLOCK_N)
-        g = (mass - y) * tl.exp(t) + y * expm1_nonpositive(t)
+        g = (mass - y) * exp(t) + y * expm1_nonpositive(t)
         value = tile_sum(tl.where(output_real[None, :], -y * t, 0.0), 1)
     else:
         g, value = bce_tile(
@@ -101,6 +108,9 @@ def _gradient_kernel(
         sums = value_ptr + tile.to(tl.int64) * N + n0 + rows
         before = tl.load(sums, mask=row_real, other=0.0)
         tl.store(sums, before + value.to(tl.float64), mask=row_real)
+    if db_ptr is not None:
+        scale = tl.load(scale_ptr + rows, mask=row_real, other=0.0)
+        tl.store(db_ptr + l0 + outputs, tile_sum(g * scale[:, None], 0), mask=output_real)
     base = g_ptr + n0.to(tl.int64) * g_stride + l0
     tl.store(
         base + rows[:, None] * g_stride + outputs[None, :],
@@ -116,8 +126,9 @@ class Gradient:
     """[N, chunk rounded up to 128] of the compute type: the last filled chunk, times the call's
     `gradient_scale`. What is past a chunk's end is finite and not used."""
 
-    def __init__(self, c: Call, stats_2N: Tensor, need_value: bool) -> None:
+    def __init__(self, c: Call, stats_2N: Tensor, scale_N: Tensor, need_value: bool) -> None:
         N, _, _ = c.shape
+        self._scale_N = scale_N
         self._tile = tile = c.logits_tile(value=need_value)
         self._call = c
         self._lse_2N = stats_2N if c.problem.loss.name == CE else None
@@ -134,25 +145,36 @@ class Gradient:
             dtype = torch.float32 if len(shape) == 1 else torch.float64
             self._value = c.x_ND.new_zeros(shape, dtype=dtype)
 
+    @property
+    def forms_bias(self) -> bool:
+        """Whether a tile holds all rows, and so the bias's gradient."""
+        return self._call.shape[0] <= self._block_n
+
     def rows(self) -> Tensor | None:
         """float32 [N] losses of the rows, once every chunk was filled; None if not asked for."""
         if self._value is None or self._value.dim() == 1:
             return self._value
         return self._value.sum(0).float()
 
-    def fill(self, number: int, start: int, stop: int) -> Tensor:
-        """g_NL[:, : stop - start] for the chunk `number`, outputs [start, stop)."""
+    def fill(self, number: int, start: int, stop: int, db_L: Tensor | None = None) -> Tensor:
+        """g_NL[:, : stop - start] for the chunk `number`, outputs [start, stop).
+
+        db_L, where given (`forms_bias`), gets the bias's gradient at these outputs.
+        """
         c, tile = self._call, self._tile
         N, D, _ = c.shape
         grid = -(-(stop - start) // tile.columns) * -(-N // self._block_n)
         _gradient_kernel[(grid,)](
-            c.x_ND,
+            c.logits_x_ND,
+            c.x_scale_N,
             c.w_LD[start:stop],
             None if c.b_L is None else c.b_L[start:stop],
             self._lse_2N,
             self._mass_N,
             self.g_NL,
             self._value,
+            scale_ptr=None if db_L is None else self._scale_N,
+            db_ptr=None if db_L is None else db_L[start:stop],
             N=N,
             D=D,
             L=stop - start,

@@ -1,20 +1,24 @@
 """The Triton family of kernels/problem.py: `forward`, `backward`, `backward_update`.
 
-Each chunk takes two or three launches (gradient of the logits, dx, dw or update) and one more for
-a bias. Nothing waits for the device: validity is a device flag (`guard`) that the update obeys.
+Each chunk takes a few launches (gradient of the logits, dx, row keys, dw or update), and one more
+for the bias of a batch that is larger than a tile. Nothing waits for the device: validity is a
+device flag (`guard`) that the update obeys.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from elmo_compile.kernels.problem import Forward, Gradients, HeadProblem, UpdateResult
-from elmo_compile.kernels.triton.features import FeatureGradient
+from elmo_compile.kernels.triton.features import FeatureGradient, SplitSums
 from elmo_compile.kernels.triton.gradient import Gradient
 from elmo_compile.kernels.triton.launch import Call, prepare
 from elmo_compile.kernels.triton.row_blocks import fits_row_blocks, row_blocks
 from elmo_compile.kernels.triton.statistics import bce_rows, ce_rows
+from elmo_compile.kernels.triton.weight_update import WeightUpdate, shared_sums
 from elmo_compile.kernels.triton.weights import WeightGradient
 from elmo_compile.numerics.losses import CE
 from elmo_compile.numerics.update import Update
@@ -54,18 +58,13 @@ def backward(
         dtype = torch.float32 if wide else p.w_LD.dtype
         dw_LD = torch.empty_like(p.w_LD, dtype=dtype) if need_dw else None
 
-        last: list[WeightGradient] = []
-
-        def consume(g_NL: Tensor, product: WeightGradient, start: int, stop: int) -> None:
+        walk = _Walk(c, stats_2N, scale_N, need_dx, need_db, need_value)
+        for start, stop, g_NL in walk:
             if dw_LD is not None:
-                product.store(g_NL, dw_LD[start:stop])
+                walk.product.store(g_NL, dw_LD[start:stop])
             if need_norm:
-                product.add_norm(g_NL, stop - start)
-                last[:] = [product]
-
-        made = _walk(c, stats_2N, scale_N, need_dx, need_db, need_value, consume)
-        dx_ND, db_L, rows_N = made
-        return Gradients(dx_ND, dw_LD, db_L, rows_N, last[0].norm2() if last else None)
+                walk.product.add_norm(g_NL, stop - start)
+        return Gradients(walk.dx_ND(), dw_LD, walk.db_L, walk.rows_N(), walk.product.norm2())
 
 
 @torch.no_grad()
@@ -123,33 +122,49 @@ def backward_update(
     with torch.cuda.device_of(p.x_ND):
         c = prepare(p)
 
-        def consume(g_NL: Tensor, product: WeightGradient, start: int, stop: int) -> None:
-            product.update(g_NL, start, stop, update, guard)
+        sums = shared_sums(c, update) if need_dx else None
+        walk = _Walk(c, stats_2N, scale_N, need_dx, need_db, need_value, sums)
+        step = WeightUpdate(walk.product, update, guard, sums)
+        for start, stop, g_NL in walk:
+            step.apply(g_NL, start, stop)
+        return UpdateResult(walk.dx_ND(), walk.db_L, walk.rows_N())
 
-        return UpdateResult(*_walk(c, stats_2N, scale_N, need_dx, need_db, need_value, consume))
 
+class _Walk:
+    """One pass over a head's chunks: yields each one's gradient of the logits, and forms beside it
+    dx, db and the row losses, where they are wanted."""
 
-def _walk(
-    c: Call,
-    stats_2N: Tensor,
-    scale_N: Tensor,
-    need_dx: bool,
-    need_db: bool,
-    need_value: bool,
-    consume,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, db, row losses): each chunk's gradient goes to dx, db and `consume`, in this order."""
-    scale_N = scale_N.float().contiguous()
-    gradient = Gradient(c, stats_2N.contiguous(), need_value)
-    features = FeatureGradient(c) if need_dx else None
-    product = WeightGradient(c, scale_N)
-    db_L = c.x_ND.new_empty((c.shape[2],), dtype=torch.float32) if need_db else None
-    for number, start, stop in c.chunks():
-        g_NL = gradient.fill(number, start, stop)
-        if features is not None:
-            features.add(g_NL, c.w_LD[start:stop])
-        if db_L is not None:
-            product.bias(g_NL, db_L[start:stop])
-        consume(g_NL, product, start, stop)
-    dx_ND = None if features is None else features.result(scale_N)
-    return dx_ND, db_L, gradient.rows()
+    def __init__(
+        self,
+        c: Call,
+        stats_2N: Tensor,
+        scale_N: Tensor,
+        need_dx: bool,
+        need_db: bool,
+        need_value: bool,
+        sums: SplitSums | None = None,
+    ) -> None:
+        """sums: of dx, where whoever consumes the gradients adds to them."""
+        self._call, self._scale_N = c, scale_N.float().contiguous()
+        self._gradient = Gradient(c, stats_2N.contiguous(), self._scale_N, need_value)
+        self._features = FeatureGradient(c) if need_dx and sums is None else None
+        self._sums = sums if self._features is None else self._features.sums
+        self.product = WeightGradient(c, self._scale_N)
+        self.db_L = c.x_ND.new_empty((c.shape[2],), dtype=torch.float32) if need_db else None
+
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, g [N, chunk]) of each chunk; its weights may be overwritten meanwhile."""
+        c, db_L, at_once = self._call, self.db_L, self._gradient.forms_bias
+        for number, start, stop in c.chunks():
+            g_NL = self._gradient.fill(number, start, stop, db_L if at_once else None)
+            if self._features is not None:
+                self._features.add(g_NL, c.w_LD[start:stop])
+            if db_L is not None and not at_once:
+                self.product.bias(g_NL, db_L[start:stop])
+            yield start, stop, g_NL
+
+    def dx_ND(self) -> Tensor | None:
+        return None if self._sums is None else self._sums.result(self._scale_N)
+
+    def rows_N(self) -> Tensor | None:
+        return self._gradient.rows()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,7 @@ from elmo_compile.errors import InputError
 from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.kernels.triton import configs
 from elmo_compile.kernels.triton.positives import tile_bounds
+from elmo_compile.numerics.features import to_codes
 from elmo_compile.numerics.losses import Positives
 
 _COMPUTE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -30,6 +32,10 @@ class Call:
     """Contiguous, in the compute type."""
     w_LD: Tensor
     """As stored; fp8 as bytes."""
+    logits_x_ND: Tensor
+    """x as an operand of the logits' product: `x_ND`, or its E4M3 codes as bytes."""
+    x_scale_N: Tensor | None
+    """float32 scales of the codes; None where there are none."""
     b_L: Tensor | None
     problem: HeadProblem
     chunk: int
@@ -43,7 +49,7 @@ class Call:
         """(N, D, L)."""
         return (*self.x_ND.shape, self.w_LD.shape[0])
 
-    @property
+    @functools.cached_property
     def constants(self) -> dict:
         """Compile-time arguments of every product."""
         exact = self.problem.compute_dtype == torch.float32
@@ -60,9 +66,10 @@ class Call:
         """
         target = self.problem.target
         marks = isinstance(target, Positives) and target.values_M is None
-        if self.problem.loss.targets == "classes" or (marks and not value):
-            return self.tiles.logits
-        return self.tiles.logits_narrow
+        narrow = self.problem.loss.targets != "classes" and (value or not marks)
+        tile = self.tiles.logits_narrow if narrow else self.tiles.logits
+        # Codes are half as wide: as many bytes a step.
+        return tile if self.x_scale_N is None else tile._replace(inner=2 * tile.inner)
 
     def chunks(self) -> Iterator[tuple[int, int, int]]:
         """(number, first output, one past the last) of each chunk."""
@@ -85,8 +92,15 @@ def prepare(p: HeadProblem) -> Call:
         )
     chip, processors = configs.chip_of(p.x_ND.device)
     fp8 = p.w_LD.dtype == torch.float8_e4m3fn
+    x_ND = p.x_ND.to(p.compute_dtype).contiguous()
+    logits_x_ND, x_scale_N = x_ND, None
+    if p.fp8_features and chip not in configs.WITHOUT_FP8:
+        codes_ND, x_scale_N = to_codes(x_ND)  # exact: x was rounded so
+        logits_x_ND = codes_ND.view(torch.uint8)
     return Call(
-        x_ND=p.x_ND.to(p.compute_dtype).contiguous(),
+        x_ND=x_ND,
+        logits_x_ND=logits_x_ND,
+        x_scale_N=x_scale_N,
         w_LD=p.w_LD.view(torch.uint8) if fp8 else p.w_LD,
         b_L=None if p.b_L is None else _as_float(p.b_L).contiguous(),
         problem=p,

@@ -59,6 +59,10 @@ class Cubin:
     shared: int
     """Bytes of shared memory a block takes."""
     warps: int
+    instructions: int
+    """In the whole kernel."""
+    loop: int
+    """In its largest loop that holds no other."""
     ptx: str
 
 
@@ -111,12 +115,15 @@ def compile_launch(launch: Launch, chip: int) -> Cubin:
     with mock.patch.object(triton.runtime.driver, "_active", driver):
         compiled = triton.compile(_source(launch), target=target, options=launch.options)
     registers, spilled = _resources(compiled.asm["cubin"])
+    instructions, loop = _counts(compiled.asm["cubin"])
     return Cubin(
         name=launch.kernel.__name__,
         registers=registers,
         spilled=spilled,
         shared=compiled.metadata.shared,
         warps=launch.options.get("num_warps", 4),
+        instructions=instructions,
+        loop=loop,
         ptx=compiled.asm["ptx"],
     )
 
@@ -131,17 +138,46 @@ def compile_call(call: Callable[[], Any], chip: int) -> list[Cubin]:
     return [compile_launch(launch, chip) for launch in distinct.values()]
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes in local memory) of a thread, by the bundled cuobjdump."""
-    tool = triton.knobs.nvidia.cuobjdump.path
+def _printed(tool: str, option: str, cubin: bytes) -> str:
+    """What a bundled tool prints of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
         file.write(cubin)
     try:
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
+        return subprocess.run(
+            [tool, option, file.name], check=True, capture_output=True, text=True
         ).stdout
     finally:
         os.unlink(file.name)
+
+
+def _counts(cubin: bytes) -> tuple[int, int]:
+    """(instructions, instructions of the largest innermost loop), by the bundled nvdisasm."""
+    text = _printed(triton.knobs.nvidia.nvdisasm.path, "-c", cubin)
+    labels: dict[str, int] = {}
+    jumps: list[tuple[int, str]] = []
+    count = 0
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)(.*);", line):
+            count += found[1] != "NOP"
+            target = re.search(r"`\((\.L_x_\d+)\)", found[2])
+            if found[1] == "BRA" and target:
+                jumps.append((count, target[1]))
+    loops = [(labels[to], end) for end, to in jumps if to in labels and labels[to] < end]
+    inner = [one for one in loops if not any(_holds(one, other) for other in loops)]
+    return count, max((end - start for start, end in inner), default=0)
+
+
+def _holds(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether one stretch of code holds another."""
+    return one != other and one[0] <= other[0] and other[1] <= one[1]
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes in local memory) of a thread, by the bundled cuobjdump."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    text = _printed(tool, "-res-usage", cubin)
     registers = re.search(r"REG:(\d+)", text)
     memory = [int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", text)]
     if registers is None or not memory:

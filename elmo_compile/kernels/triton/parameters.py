@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elmo_compile.kernels.triton.random_bits import mix32, row_keys
+from elmo_compile.kernels.triton.random_bits import as_signed, mix32, row_keys
 from elmo_compile.kernels.triton.rules import (
     compensate,
     direction,
@@ -202,7 +202,7 @@ def _launch(kind: dict[str, Any], items: Sequence[Item]) -> None:
         sums = update.row_sums.data_ptr() if update.row_wise else 0
         c = 0 if update.compensation is None else update.compensation.data_ptr()
         table += [w.data_ptr(), grad.data_ptr(), *moments[:2], sums, c, w.numel(), w.shape[1]]
-        table += [_signed(word) for word in words]
+        table += [as_signed(word) for word in words]
         table += [update.row_offset, _address(factor, held)]
         r = update.rates
         rates += [
@@ -229,8 +229,3 @@ def _address(factor: Tensor | None, held: list[Tensor]) -> int:
         return 0
     held.append(factor.to(torch.float32))
     return held[-1].data_ptr()
-
-
-def _signed(word: int) -> int:
-    """A 32-bit word as the signed number with the same bits."""
-    return word - (1 << 32) if word >= 1 << 31 else word

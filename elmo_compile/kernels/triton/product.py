@@ -49,7 +49,8 @@ def product(
     `*_row`, `*_inner`, `*_column` are strides. Rows are readable as they are (clamped by the
     caller) where `rows_real` is None, else only where it is true, and so for columns: clamping a
     direction of stride 1 would hide from the compiler that loads along it can be wide.
-    EVEN_K: BLOCK_K divides K.
+    EVEN_K: BLOCK_K divides K. Hopper adds products of fp8 in fewer than float32's bits: what it
+    added is brought into float32 after each inner step.
     """
     inner = tl.arange(0, BLOCK_K)
     a_offsets = rows_M[:, None] * a_row + inner[None, :] * a_inner
@@ -58,7 +59,10 @@ def product(
     for k in range(0, K, BLOCK_K):
         a = _load(a_ptr, a_offsets, rows_real, inner < K - k, 1, EVEN_K)
         b = _load(b_ptr, b_offsets, columns_real, inner < K - k, 0, EVEN_K)
-        acc = tl.dot(operand(a, COMPUTE), operand(b, COMPUTE), acc=acc, input_precision=PRECISION)
+        acc = tl.dot(
+            operand(a, COMPUTE), operand(b, COMPUTE), acc=acc, input_precision=PRECISION,
+            max_num_imprecise_acc=BLOCK_K if tl.float8e4nv == COMPUTE else None,
+        )  # fmt: skip
         a_ptr += BLOCK_K * a_inner
         b_ptr += BLOCK_K * b_inner
     return acc
@@ -67,6 +71,7 @@ def product(
 @triton.jit
 def logits_tile(
     x_ptr,
+    x_scale_ptr,
     w_ptr,
     b_ptr,
     n0,
@@ -83,8 +88,9 @@ def logits_tile(
 ):
     """float32 [BLOCK_N, BLOCK_L]: the logits `x w^T + b` of rows n0.. and outputs l0...
 
-    x [N, D] and w [L, D] are contiguous. Rows past N and outputs past L repeat the last one. Rows
-    are the tile's rows, so that a row's sums and statistics stay within a warp.
+    x [N, D] and w [L, D] are contiguous; x_scale_ptr [N]: of x in codes of E4M3, None for x as it
+    is. Rows past N and outputs past L repeat the last one. Rows are the tile's rows, so that a
+    row's sums and statistics stay within a warp.
     """
     outputs = tl.minimum(tl.arange(0, BLOCK_L), L - 1 - l0)
     rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - n0)
@@ -104,9 +110,11 @@ def logits_tile(
         BLOCK_L,
         BLOCK_K,
         EVEN_K,
-        COMPUTE,
+        COMPUTE if x_scale_ptr is None else tl.float8e4nv,
         PRECISION,
     )
+    if x_scale_ptr is not None:
+        z *= tl.load(x_scale_ptr + n0 + rows)[:, None]
     if b_ptr is not None:
         z += widen(tl.load(b_ptr + l0 + outputs))[None, :]
     return z

@@ -4,8 +4,17 @@ row key      = word 0 of Philox4x32-10, key (seed, param), counter (row_lo, row_
 element word = mix32(row key XOR column)
 """
 
+from __future__ import annotations
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from elmo_compile.kernels.triton.device_math import ceil_div
+from elmo_compile.numerics.formats import is_narrow
+from elmo_compile.numerics.philox import COMPENSATION, WEIGHT, counter_words
+from elmo_compile.numerics.update import STATE_STREAMS, Update
 
 
 @triton.jit
@@ -33,9 +42,14 @@ def row_keys(row, seed, param, word2, word3):
 
 
 @triton.jit
-def mix32(h):
-    """A bijective mixer of uint32 words."""
-    h = h ^ (h >> 16)
+def _half_mixed(h):
+    """The first step of `mix32`: linear, so a key and a column can take it apart."""
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _mixed(h):
+    """The other steps of `mix32`."""
     h = h * 0x7FEB352D
     h = h ^ (h >> 15)
     h = h * 0x846CA68B
@@ -43,6 +57,84 @@ def mix32(h):
 
 
 @triton.jit
+def mix32(h):
+    """A bijective mixer of uint32 words."""
+    return _mixed(_half_mixed(h))
+
+
+@triton.jit
 def element_words(keys_L, columns_D):
     """uint32 [L, D] words of elements from uint32 row keys and int32 columns."""
-    return mix32(keys_L[:, None] ^ columns_D.to(tl.uint32)[None, :])
+    columns = _half_mixed(columns_D.to(tl.uint32))
+    return _mixed(_half_mixed(keys_L)[:, None] ^ columns[None, :])
+
+
+@triton.jit(do_not_specialize=["first_row", "seed", "param", "word2", "word3"])
+def _row_keys_kernel(
+    keys_ptr,
+    L,
+    first_row: tl.int64,
+    seed: tl.int32,
+    param: tl.int32,
+    word2: tl.int32,
+    word3: tl.int32,
+    STREAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """keys[s, l]: the key of row `first_row + l` for the stream in the s-th nibble of STREAMS."""
+    blocks = ceil_div(L, BLOCK)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.program_id(0) // blocks
+    stream = (STREAMS >> (4 * slot)) & 15
+    rows = first_row.to(tl.int64) + at
+    keys = row_keys(rows, seed, param, word2, word3 + (stream << 24))
+    tl.store(keys_ptr + slot.to(tl.int64) * L + at, keys.to(tl.int32, bitcast=True), mask=at < L)
+
+
+assert WEIGHT == 0, "the other streams are added to the weight's word"
+
+
+class RowKeys:
+    """The row keys of a chunk, for every stream that an update rounds stochastically.
+
+    A kernel of their own: an update's threads hold few elements of many rows, and ten rounds of
+    Philox for each would cost a fifth of the kernel (counted in its code).
+    """
+
+    def __init__(self, w_LD: Tensor, update: Update) -> None:
+        narrow = is_narrow(w_LD.dtype) and update.rounding == "stochastic"
+        states = [isinstance(s, Tensor) and is_narrow(s.dtype) for s in update.moments]
+        used = [WEIGHT] if narrow else []
+        used += [stream for stream, rounded in zip(STATE_STREAMS, states) if rounded]
+        if update.compensation is not None:
+            used.append(COMPENSATION)
+        words = counter_words(update.seed, update.param_id, update.step, WEIGHT)
+        self._used, self._row_offset, self._device = used, update.row_offset, w_LD.device
+        self._streams = sum(stream << 4 * slot for slot, stream in enumerate(used))
+        self._words = dict(zip(("seed", "param", "word2", "word3"), map(as_signed, words)))
+
+    def of(self, start: int, stop: int) -> list[Tensor | None]:
+        """int32 [stop - start] for each of the streams WEIGHT, `STATE_STREAMS`, COMPENSATION; None
+        where nothing is rounded stochastically."""
+        found: list[Tensor | None] = [None] * (COMPENSATION + 1)
+        if not self._used:
+            return found
+        L, block = stop - start, 256
+        keys = torch.empty((len(self._used), L), dtype=torch.int32, device=self._device)
+        _row_keys_kernel[(len(self._used) * -(-L // block),)](
+            keys,
+            L=L,
+            first_row=self._row_offset + start,
+            STREAMS=self._streams,
+            BLOCK=block,
+            num_warps=4,
+            **self._words,
+        )
+        for slot, stream in enumerate(self._used):
+            found[stream] = keys[slot]
+        return found
+
+
+def as_signed(word: int) -> int:
+    """A 32-bit word as the signed number with the same bits."""
+    return word - (1 << 32) if word >= 1 << 31 else word

@@ -18,7 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from elmo_compile.kernels.problem import Gradients, HeadProblem
-from elmo_compile.kernels.triton.device_math import ceil_div, expm1_nonpositive, tile_max, tile_sum
+from elmo_compile.kernels.triton.device_math import (
+    ceil_div,
+    exp,
+    expm1_nonpositive,
+    tile_max,
+    tile_sum,
+)
 from elmo_compile.kernels.triton.storage import narrow, widen
 from elmo_compile.numerics.losses import two_parts
 
@@ -49,8 +55,8 @@ def _row_sums_kernel(z_ptr, b_ptr, maximum_ptr, total_ptr, L, z_stride, R, P, BL
         z = _biased(row, b_ptr, columns, columns < L)
         raised = tl.maximum(highest, tile_max(z, 0))
         shift = tl.where(raised == float("-inf"), 0.0, raised)
-        total *= tl.exp(highest - shift).to(tl.float64)
-        total += tile_sum(tl.exp(z - shift), 0).to(tl.float64)
+        total *= exp(highest - shift).to(tl.float64)
+        total += tile_sum(exp(z - shift), 0).to(tl.float64)
         highest = raised
     at = p * R + r + tl.arange(0, 1)
     tl.store(maximum_ptr + at, highest)
@@ -80,7 +86,7 @@ def _row_gradient_kernel(
     t = _biased(row, b_ptr, columns, real) - tl.load(lse_ptr + r) - tl.load(lse_ptr + R + r)
     target = tl.load(target_ptr + r)
     hit = columns == target
-    g = tl.where(hit, expm1_nonpositive(tl.where(hit, t, 0.0)), tl.exp(t))
+    g = tl.where(hit, expm1_nonpositive(tl.where(hit, t, 0.0)), exp(t))
     g *= tl.load(scale_ptr + r)
     g = tl.where(target == ignore_index, 0.0, g)
     tl.store(row + columns, narrow(g, COMPUTE), mask=real)

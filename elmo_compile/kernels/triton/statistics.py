@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from elmo_compile.kernels.triton.configs import batch_block
-from elmo_compile.kernels.triton.device_math import ceil_div, tile_max, tile_sum
+from elmo_compile.kernels.triton.device_math import ceil_div, exp, tile_max, tile_sum
 from elmo_compile.kernels.triton.launch import Call, prepare_targets
 from elmo_compile.kernels.triton.product import logits_tile
 from elmo_compile.kernels.triton.targets import bce_tile, class_hits, dense_tile
@@ -21,6 +21,7 @@ from elmo_compile.numerics.losses import two_parts
 @triton.jit
 def _bce_rows_kernel(
     x_ptr,
+    x_scale_ptr,
     w_ptr,
     b_ptr,
     target_ptr,
@@ -52,7 +53,7 @@ def _bce_rows_kernel(
     for tile in tl.range(p, ceil_div(L, BLOCK_L), P, num_stages=1):
         l0 = tile * BLOCK_L
         z = logits_tile(
-            x_ptr, w_ptr, b_ptr, n0, l0, N, D, L,
+            x_ptr, x_scale_ptr, w_ptr, b_ptr, n0, l0, N, D, L,
             BLOCK_L, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE, PRECISION,
         )  # fmt: skip
         _, value = bce_tile(
@@ -68,6 +69,7 @@ def _bce_rows_kernel(
 @triton.jit
 def _ce_rows_kernel(
     x_ptr,
+    x_scale_ptr,
     w_ptr,
     b_ptr,
     target_ptr,
@@ -104,7 +106,7 @@ def _ce_rows_kernel(
     for tile in tl.range(p, ceil_div(L, BLOCK_L), P, num_stages=1):
         l0 = tile * BLOCK_L
         z = logits_tile(
-            x_ptr, w_ptr, b_ptr, n0, l0, N, D, L,
+            x_ptr, x_scale_ptr, w_ptr, b_ptr, n0, l0, N, D, L,
             BLOCK_L, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE, PRECISION,
         )  # fmt: skip
         real = (tl.arange(0, BLOCK_L) < L - l0)[None, :]
@@ -118,8 +120,8 @@ def _ce_rows_kernel(
         z = tl.where(real, z, float("-inf"))
         raised = tl.maximum(highest, tile_max(z, 1))
         shift = tl.where(raised == float("-inf"), 0.0, raised)
-        total *= tl.exp(highest - shift).to(tl.float64)
-        total += tile_sum(tl.exp(z - shift[:, None]), 1).to(tl.float64)
+        total *= exp(highest - shift).to(tl.float64)
+        total += tile_sum(exp(z - shift[:, None]), 1).to(tl.float64)
         highest = raised
     real = rows < N - n0
     base = p.to(tl.int64) * N + n0
@@ -158,7 +160,9 @@ def bce_rows(c: Call) -> Tensor:
     programs, grid, block, arguments = _geometry(c)
     partial_PN = c.x_ND.new_zeros((programs, N), dtype=torch.float64)
     arguments |= prepare_targets(c, L, block).arguments(0, 0)
-    _bce_rows_kernel[(grid,)](c.x_ND, c.w_LD, c.b_L, partial_ptr=partial_PN, **arguments)
+    _bce_rows_kernel[(grid,)](
+        c.logits_x_ND, c.x_scale_N, c.w_LD, c.b_L, partial_ptr=partial_PN, **arguments
+    )
     return partial_PN.sum(0).float()
 
 
@@ -176,7 +180,8 @@ def ce_rows(c: Call) -> tuple[Tensor, Tensor]:
     at_target = c.x_ND.new_full((programs, N) if dense else (N,), float("nan"), dtype=torch.float64)
     given = targets.arguments(0, 0)
     _ce_rows_kernel[(grid,)](
-        c.x_ND, c.w_LD, c.b_L, given["target_ptr"], given["target_n"], given["target_l"],
+        c.logits_x_ND, c.x_scale_N, c.w_LD, c.b_L,
+        given["target_ptr"], given["target_n"], given["target_l"],
         maximum_PN, total_PN, at_target,
         ignore_index=c.problem.loss.ignore_index, TARGETS=targets.kind, **arguments,
     )  # fmt: skip

@@ -10,13 +10,9 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether these kernels run in the interpreter: its casts truncate and its bf16 products are wrong,
 so there bf16 goes through integer arithmetic and products through float32."""
 
-_INF = tl.constexpr(0x7F800000)
 _NAN = tl.constexpr(0x7FC00000)
-_BF16_MAX = tl.constexpr(0x7F7F0000)
-_E4M3_MAX = tl.constexpr(0x43E00000)
-_E4M3_MIN_NORMAL = tl.constexpr(0x3C800000)
-_E5M2_MAX = tl.constexpr(0x47600000)
-_E5M2_MIN_NORMAL = tl.constexpr(0x38800000)
+_SIGN = tl.constexpr(0x80000000)
+_BF16_LARGEST = tl.constexpr(3.3895313892515355e38)
 
 
 @triton.jit
@@ -56,14 +52,14 @@ def operand(v, COMPUTE: tl.constexpr):
     if INTERPRETED and tl.bfloat16 == COMPUTE:
         exact = v.dtype == tl.bfloat16 or v.dtype == tl.uint8
         return widen(v) if exact else widen(to_bf16_nearest(widen(v)))
+    elif INTERPRETED and tl.float8e4nv == COMPUTE:
+        return widen(v)
     elif v.dtype == COMPUTE:
         return v
-    elif v.dtype == tl.uint8 and not INTERPRETED:
-        if tl.target_info.cuda_capability_geq(8, 9):
-            return v.to(tl.float8e4nv, bitcast=True).to(COMPUTE)
-        else:
-            return _e4m3_to_float(v).to(COMPUTE)
+    elif tl.float8e4nv == COMPUTE:
+        return v.to(tl.float8e4nv, bitcast=True)
     else:
+        # E4M3 too: by way of float16 the compiler takes the conversion unit, at a quarter the rate.
         return widen(v).to(COMPUTE)
 
 
@@ -77,66 +73,87 @@ def narrow(v, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _magnitude(v):
-    """Bits of |v| and the sign bit, of float32."""
-    bits = v.to(tl.uint32, bitcast=True)
-    return bits & 0x7FFFFFFF, bits & 0x80000000
-
-
-@triton.jit
-def _finish_bf16(q, magnitude, sign):
-    """The bf16 of rounded bits q, with infinities kept and the canonical NaN."""
-    q = tl.where(magnitude == _INF, _INF, q) | sign
-    q = tl.where(magnitude > _INF, _NAN, q)
-    return (q >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+def _upper_half(bits, v):
+    """The bf16 in the upper half of bits; the canonical NaN where v is one."""
+    bits = tl.where(v == v, bits, _NAN)
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def to_bf16_stochastic(v, word):
-    """Round float32 to bf16 stochastically with the low 16 bits of a random word."""
-    magnitude, sign = _magnitude(v)
-    a = tl.minimum(magnitude, _BF16_MAX)
-    return _finish_bf16(a + (word & 0xFFFF), magnitude, sign)
+    """Round float32 to bf16 stochastically with the low 16 bits of a random word.
+
+    A sign is no obstacle to adding to the magnitude. From the largest bf16 on (infinities too)
+    nothing is added, and cutting rounds down to it.
+    """
+    bits = v.to(tl.uint32, bitcast=True)
+    return _upper_half(bits + tl.where(tl.abs(v) < _BF16_LARGEST, word & 0xFFFF, 0), v)
 
 
 @triton.jit
 def to_bf16_nearest(v):
     """Round float32 to bf16, ties to even, finite overflow to the largest."""
-    magnitude, sign = _magnitude(v)
-    a = tl.minimum(magnitude, _BF16_MAX)
-    return _finish_bf16(a + 0x7FFF + ((a >> 16) & 1), magnitude, sign)
+    bits = v.to(tl.uint32, bitcast=True)
+    half = 0x7FFF + ((bits >> 16) & 1)
+    return _upper_half(bits + tl.where(tl.abs(v) < _BF16_LARGEST, half, 0), v)
+
+
+@triton.jit
+def _fp8_stochastic(v, word, MIN_NORMAL: tl.constexpr, RANDOM: tl.constexpr):
+    """(bits of |v| plus what was added, rounded by `word & RANDOM`; what was added).
+
+    Subnormals have a constant step: so has float32 above MIN_NORMAL, which is added to them.
+    """
+    added = tl.where(tl.abs(v) < MIN_NORMAL, MIN_NORMAL, 0.0)
+    bits = (tl.abs(v) + added).to(tl.uint32, bitcast=True)
+    return bits + (word & RANDOM), added
+
+
+@triton.jit
+def _on_grid(bits, added, v, RANDOM: tl.constexpr):
+    """float32 on the format's grid, or beyond its end, with v's sign; NaN where v is one."""
+    q = (bits & (0xFFFFFFFF ^ RANDOM)).to(tl.float32, bitcast=True) - added
+    signed = q.to(tl.uint32, bitcast=True) | (v.to(tl.uint32, bitcast=True) & _SIGN)
+    return tl.where(v == v, signed.to(tl.float32, bitcast=True), v)
+
+
+@triton.jit
+def _signed_byte(byte, v):
+    """The byte of a magnitude with v's sign; the canonical NaN where v is one."""
+    byte |= (v.to(tl.uint32, bitcast=True) >> 24) & 0x80
+    return tl.where(v == v, byte, 0x7F).to(tl.uint8)
 
 
 @triton.jit
 def to_e4m3_stochastic(v, word):
     """Round float32 to E4M3 bytes stochastically with the low 20 bits of a random word.
 
-    Below 2^-6 the step is constant, so 2^-6 is added first; the byte is then the distance of the
-    rounded bits from those of 2^-6, with or without the exponent's step.
+    The chip's conversion is exact here, but for saturating. Without it: the byte is the distance
+    of the bits from those of 2^-6, with or without the exponent's step.
     """
-    magnitude, sign = _magnitude(v)
-    a = tl.minimum(magnitude, _E4M3_MAX)
-    small = a < _E4M3_MIN_NORMAL
-    shifted = (a.to(tl.float32, bitcast=True) + 0.015625).to(tl.uint32, bitcast=True)
-    q = (tl.where(small, shifted, a) + (word & 0xFFFFF)) >> 20
-    byte = q - tl.where(small, 968, 960).to(tl.uint32)
-    byte = tl.where(magnitude > _INF, 0x7F, byte | (sign >> 24))
-    return byte.to(tl.uint8)
+    bits, added = _fp8_stochastic(v, word, 0.015625, 0xFFFFF)
+    if not INTERPRETED and tl.target_info.cuda_capability_geq(8, 9):
+        return _on_grid(bits, added, v, 0xFFFFF).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        byte = (bits >> 20) - tl.where(added > 0, 968, 960).to(tl.uint32)
+        return _signed_byte(tl.minimum(byte, 0x7E), v)
 
 
 @triton.jit
 def to_e4m3_nearest(v):
     """Round float32 to E4M3 bytes, ties to even, saturating.
 
-    Below 2^-6, adding 2^14 leaves float32 the step 2^-9: the addition itself rounds, once.
+    Without the chip's conversion: below 2^-6, adding 2^14 leaves float32 the step 2^-9, so the
+    addition itself rounds, once.
     """
-    magnitude, sign = _magnitude(v)
-    a = tl.minimum(magnitude, _E4M3_MAX)
-    small = (a.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
-    normal = ((a + 0x7FFFF + ((a >> 20) & 1)) >> 20) - 960
-    byte = tl.where(a < _E4M3_MIN_NORMAL, small, normal)
-    byte = tl.where(magnitude > _INF, 0x7F, byte | (sign >> 24))
-    return byte.to(tl.uint8)
+    if not INTERPRETED and tl.target_info.cuda_capability_geq(8, 9):
+        return v.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        a = tl.abs(v)
+        bits = a.to(tl.uint32, bitcast=True)
+        small = (a + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+        return _signed_byte(tl.where(a < 0.015625, small, tl.minimum(normal, 0x7E)), v)
 
 
 @triton.jit
@@ -145,14 +162,12 @@ def to_e5m2_stochastic(v, word):
 
     As `to_e4m3_stochastic`, with subnormals below 2^-14.
     """
-    magnitude, sign = _magnitude(v)
-    a = tl.minimum(magnitude, _E5M2_MAX)
-    small = a < _E5M2_MIN_NORMAL
-    shifted = (a.to(tl.float32, bitcast=True) + 6.103515625e-05).to(tl.uint32, bitcast=True)
-    q = (tl.where(small, shifted, a) + (word & 0x1FFFFF)) >> 21
-    byte = q - tl.where(small, 452, 448).to(tl.uint32)
-    byte = tl.where(magnitude > _INF, 0x7F, byte | (sign >> 24))
-    return byte.to(tl.uint8)
+    bits, added = _fp8_stochastic(v, word, 6.103515625e-05, 0x1FFFFF)
+    if not INTERPRETED and tl.target_info.cuda_capability_geq(8, 9):
+        return _on_grid(bits, added, v, 0x1FFFFF).to(tl.float8e5).to(tl.uint8, bitcast=True)
+    else:
+        byte = (bits >> 21) - tl.where(added > 0, 452, 448).to(tl.uint32)
+        return _signed_byte(tl.minimum(byte, 0x7B), v)
 
 
 @triton.jit

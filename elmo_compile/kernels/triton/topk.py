@@ -25,6 +25,7 @@ _LOW = 0xFFFFFFFF
 @triton.jit(do_not_specialize=["first_output"])
 def _keys_kernel(
     x_ptr,
+    x_scale_ptr,
     w_ptr,
     b_ptr,
     keys_ptr,
@@ -48,7 +49,7 @@ def _keys_kernel(
     l0 = (tl.program_id(0) // blocks) * BLOCK_L
     n0 = (tl.program_id(0) % blocks) * BLOCK_N
     z = logits_tile(
-        x_ptr, w_ptr, b_ptr, n0, l0, N, D, L,
+        x_ptr, x_scale_ptr, w_ptr, b_ptr, n0, l0, N, D, L,
         BLOCK_L, BLOCK_N, BLOCK_K, EVEN_K, COMPUTE, PRECISION,
     )  # fmt: skip
     bits = (z + 0.0).to(tl.int32, bitcast=True)
@@ -69,7 +70,8 @@ def _keys(c: Call, keys_NL: Tensor, start: int, stop: int) -> None:
     block_n = batch_block(tile.rows, N)
     grid = -(-(stop - start) // tile.columns) * -(-N // block_n)
     _keys_kernel[(grid,)](
-        c.x_ND,
+        c.logits_x_ND,
+        c.x_scale_N,
         c.w_LD[start:stop],
         None if c.b_L is None else c.b_L[start:stop],
         keys_NL,

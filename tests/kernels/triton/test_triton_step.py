@@ -11,6 +11,7 @@ import torch
 from elmo_compile.errors import InputError
 from elmo_compile.kernels import triton as family
 from elmo_compile.kernels.problem import HeadProblem
+from elmo_compile.numerics.features import round_features
 from elmo_compile.numerics.losses import BCE, CE, LossSpec, Positives
 from elmo_compile.numerics.update import Update
 from kernels.triton.cases import PRECISIONS, check_step, make, moved, scale_of
@@ -41,6 +42,13 @@ SHAPES = [
 )
 def test_step_is_within_budget(kind: str, precision: str, device: str) -> None:
     check_step(make(kind, precision, **ODD), device)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_of_fp8_with_fp8(kind: str, device: str) -> None:
+    """From the codes of rounded features: as the products in bf16, which hold the same numbers."""
+    p = make(kind, "fp8", **ODD)
+    check_step(dataclasses.replace(p, x_ND=round_features(p.x_ND), fp8_features=True), device)
 
 
 @pytest.mark.parametrize(("n", "d", "num", "chunk"), SHAPES)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 from elmo_compile.kernels import reference as family_reference
 from elmo_compile.kernels import triton as family
+from elmo_compile.kernels.triton import weight_update
+from elmo_compile.kernels.triton.configs import override_tiles
 from elmo_compile.numerics.update import Update
 from kernels.triton.cases import (
     PRECISIONS,
@@ -71,6 +74,45 @@ def test_update_is_the_specification_s_bit_for_bit(precision: str, name: str, de
             assert float(differ.float().mean()) <= 2e-3, key
 
 
+@pytest.mark.parametrize("name", ["sgd", "nesterov, bf16", "kahan, adamw", "adagrad"])
+def test_a_pass_without_dx_in_it_gives_the_same_bits(name: str, device: str) -> None:
+    """As batches larger than a tile have it, and chips whose table says so."""
+    shared = run("fp8", made(name), 40, device)
+    with override_tiles(shared=None, shared_with_state=None):
+        apart = run("fp8", made(name), 40, device)
+    for key, value in shared.items():
+        assert torch.equal(bits(apart[key]), bits(value)), key
+
+
+def test_the_shared_pass_is_taken_where_a_tile_holds_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = []
+    monkeypatch.setattr(
+        weight_update,
+        "features_update_kernel",
+        Recorder(weight_update.features_update_kernel, taken),
+    )
+    for rows in (6, 32, 33):
+        p = make("bce", "fp8", num_rows=rows, num_outputs=70, chunk=40)
+        family.backward_update(p, torch.empty(0), torch.ones(rows), PLAIN)
+    assert len(taken) == 4  # two chunks each of the first two
+    p = make("bce", "fp8", num_rows=6, num_outputs=70, chunk=40)
+    family.backward_update(p, torch.empty(0), torch.ones(6), PLAIN, need_dx=False)
+    assert len(taken) == 4
+
+
+class Recorder:
+    """A kernel whose launches are counted."""
+
+    def __init__(self, kernel: Any, launches: list[Any]) -> None:
+        self._kernel, self._launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        self._launches.append(grid)
+        return self._kernel[grid]
+
+
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
 def test_same_bits_for_every_chunk(precision: str, device: str) -> None:
     whole = run(precision, PLAIN, 101, device)
@@ -99,12 +141,15 @@ def test_update_is_the_unfused_one(kind: str, device: str) -> None:
 
 
 def test_dx_is_of_the_weight_as_it_was(device: str) -> None:
-    """Several chunks, and a step long enough that the new weight would show."""
+    """Several chunks, and a step long enough that the new weight would show.
+
+    With an update, dx's float32 sums are split otherwise.
+    """
     p = moved(make("bce", "fp32", num_rows=5, num_outputs=70, chunk=33), device)
     scale, empty = torch.ones(5, device=device), p.x_ND.new_empty(0)
     before = family.backward(p, empty, scale, need_dw=False)
     got = family.backward_update(p, empty, scale, Update(lr=10.0))
-    assert torch.equal(got.dx_ND, before.dx_ND)
+    torch.testing.assert_close(got.dx_ND, before.dx_ND, rtol=1e-5, atol=1e-5)
     assert torch.equal(got.db_L, before.db_L)
     assert before.dw_LD is None
     assert got.rows_N is None
