@@ -103,11 +103,11 @@ def philox4x32(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, Any, An
     times, with `k <- k + W` between rounds, all modulo 2^32.
 
     Args:
-        counter: four numbers in [0, 2^32): ints or int64 tensors that broadcast.
+        counter: four numbers in [0, 2^32): ints, int64 tensors or uint64 arrays that broadcast.
         key: two numbers in [0, 2^32): ints or int64 tensors.
 
     Returns:
-        Four words in [0, 2^32): int64 tensors (ints where nothing given was a tensor).
+        Four words in [0, 2^32), as what was given (ints where nothing was a tensor or an array).
 
     Source: Salmon et al., SC 2011; the same words as Random123's `philox4x32`.
     """
@@ -175,7 +175,20 @@ def mix32(h: Tensor) -> Tensor:
     Returns:
         int32, same shape.
     """
-    h = h ^ ((h >> 16) & 0xFFFF)
+    return mixed(half_mixed(h))
+
+
+def half_mixed(h: Tensor) -> Tensor:
+    """The first step of `mix32`, int32.
+
+    It is linear: `half_mixed(key ^ d) = half_mixed(key) ^ half_mixed(d)`, and for j below 2^16
+    `half_mixed(d ^ j)` is `half_mixed(d) ^ j`. Kernels apply it once a row and once a column.
+    """
+    return h ^ ((h >> 16) & 0xFFFF)
+
+
+def mixed(h: Tensor) -> Tensor:
+    """The other steps of `mix32`, int32."""
     h = h * _MIX_A
     h = h ^ ((h >> 15) & 0x1FFFF)
     h = h * _MIX_B

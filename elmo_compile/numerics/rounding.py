@@ -31,6 +31,7 @@ _SIGN = -(1 << 31)
 _MAGNITUDE = (1 << 31) - 1
 _INF = 0x7F800000
 _NAN = 0x7FC00000
+_FP8_NAN = 0x7F
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _CPU_BLOCK = 1 << 17
@@ -64,21 +65,70 @@ def round_stochastic_bits(v: Tensor, r: Tensor, fmt: StorageFormat) -> Tensor:
     """
     bits = v.view(torch.int32)
     noise = r & fmt.random_mask
-    if fmt.shift:
-        # Clamp and shift as floats: Inductor's CPU code moves each bit cast through memory.
-        size = v.abs()
-        shift = torch.where(size < fmt.min_normal, fmt.shift, 0.0)
-        a = (size.clamp_max(fmt.max) + shift).view(torch.int32)
-        q = (a + noise) & ~fmt.random_mask
-        q = (q.view(torch.float32) - shift).view(torch.int32)
-    else:
-        # Integers throughout: compiled code may flush float32's subnormals, which bf16 has.
-        a = (bits & _MAGNITUDE).clamp_max(_bits(fmt.max))
-        q = (a + noise) & ~fmt.random_mask
-    if fmt.keeps_inf:
-        q = torch.where((bits & _MAGNITUDE) == _INF, _INF, q)
+    if not fmt.shift:
+        # Integers throughout: compiled code may flush float32's subnormals, which bf16 has. A
+        # finite number is not rounded up beyond the largest; an infinity stays what it is.
+        a = bits & _MAGNITUDE
+        q = torch.minimum(a + noise, a.clamp_min(_INF - 1)) & ~fmt.random_mask
+        return torch.where(v != v, _NAN, q | (bits & _SIGN)).view(torch.float32)
+    size = v.abs()
+    shift = torch.where(size < fmt.min_normal, fmt.shift, 0.0)
+    a = (size.clamp_max(fmt.max) + shift).view(torch.int32)
+    q = (a + noise) & ~fmt.random_mask
+    q = (q.view(torch.float32) - shift).view(torch.int32)
     q = torch.where(v != v, _NAN, q | (bits & _SIGN))
     return q.view(torch.float32)
+
+
+def fp8_codes_stochastic(v: Tensor, r: Tensor, fmt: StorageFormat) -> Tensor:
+    """The bytes of `round_stochastic_bits(v, r, fmt)`, without the way back to float32.
+
+    With or without the shift, a rounded bit pattern is the code at some distance: both count steps
+    of the format. Below `min_normal` the one without counts fewer, from there on the other, so the
+    larger is right. Few casts between float and bits and few selections: where Inductor compiled
+    them for a CPU, the former go through memory, and the latter make vectors of their masks.
+
+    Args:
+        v: float32. r: int32 random words. fmt: an fp8 format.
+
+    Returns:
+        int32 in [0, 256): the byte of `fmt.dtype`.
+    """
+    noise, n = r & fmt.random_mask, fmt.random_bits
+    a, shifted = v.view(torch.int32) & _MAGNITUDE, (v.abs() + fmt.shift).view(torch.int32)
+    normal = ((a + noise) >> n) - _code_zero(fmt)
+    subnormal = ((shifted + noise) >> n) - (_bits(fmt.min_normal) >> n)
+    return _fp8_code(torch.maximum(normal, subnormal), v, fmt)
+
+
+def fp8_codes_nearest(v: Tensor, fmt: StorageFormat) -> Tensor:
+    """The bytes of `round_nearest(v, fmt.dtype)`, on bits.
+
+    Args:
+        v: float32. fmt: an fp8 format.
+
+    Returns:
+        int32 in [0, 256): the byte of `fmt.dtype`.
+    """
+    size, n = v.abs(), fmt.random_bits
+    a = size.view(torch.int32)
+    normal = ((a + ((1 << (n - 1)) - 1) + ((a >> n) & 1)) >> n) - _code_zero(fmt)
+    # Below min_normal the step is constant: it is the last bit of this sum, which rounds to it.
+    magic = fmt.min_step * 2.0**23
+    small = (size.clamp_max(fmt.min_normal) + magic).view(torch.int32) - _bits(magic)
+    return _fp8_code(torch.where(size < fmt.min_normal, small, normal), v, fmt)
+
+
+def _code_zero(fmt: StorageFormat) -> int:
+    """What a code of a normal number is counted from, in steps of float32's bit pattern."""
+    return (_bits(fmt.min_normal) >> fmt.random_bits) - (1 << fmt.mantissa_bits)
+
+
+def _fp8_code(code: Tensor, v: Tensor, fmt: StorageFormat) -> Tensor:
+    """A code of |v| saturated, with v's sign; the canonical NaN where v is one."""
+    largest = (_bits(fmt.max) >> fmt.random_bits) - _code_zero(fmt)
+    sign = (v.view(torch.int32) >> 24) & 0x80
+    return torch.where(v != v, _FP8_NAN, code.clamp_max(largest) | sign)
 
 
 def nearest_on_grid(v: Tensor, fmt: StorageFormat) -> Tensor:

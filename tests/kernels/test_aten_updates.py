@@ -185,7 +185,7 @@ def test_layouts_are_taken_where_they_can_be() -> None:
     assert layout(FP8, 8) == "quads"
     assert layout(torch.bfloat16, 7) == "plain"
     assert layout(FP8, 6) == "plain"
-    assert layout(FP8, 8, rounding="nearest") == "plain"
+    assert layout(FP8, 8, rounding="nearest") == "quads"
     assert layout(torch.float32, 8) == "plain"
     state = torch.zeros(8, 8)
     assert layout(torch.bfloat16, 8, state=(state,)) == "plain"

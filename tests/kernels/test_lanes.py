@@ -13,7 +13,6 @@ def test_every_e4m3_code() -> None:
     decoded = lanes.e4m3_bits(codes).view(torch.float32)
     assert torch.equal(decoded.nan_to_num(1e9), values.nan_to_num(1e9))
     assert torch.equal(decoded.signbit(), values.signbit())
-    assert torch.equal(lanes.e4m3_byte(values), codes)
 
 
 def test_every_bf16_word() -> None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,9 @@ from elmo_compile.numerics import philox
 from elmo_compile.numerics.philox import (
     counter_words,
     element_words,
+    half_mixed,
     mix32,
+    mixed,
     philox4x32,
     row_keys,
     row_keys_from_words,
@@ -189,3 +192,22 @@ def test_pairs_of_neighbours_are_uniform():
         expected = counts.sum() / 256
         chi_square = ((counts - expected) ** 2 / expected).sum().item()
         assert abs(chi_square - 255) < 5 * math.sqrt(2 * 255)
+
+
+def test_arrays_of_unsigned_words_give_the_same_keys():
+    """As the CPU kernels make them."""
+    first = np.arange(2**33 - 3, 2**33 + 4, dtype=np.uint64)
+    words = counter_words(2**32 - 1, 7, 2**40 + 9, 3)
+    counter = (first & 0xFFFFFFFF, first >> 32, words.step_lo, words.stream_step_hi)
+    found = philox4x32(counter, (words.seed, words.param_id))[0]
+    expected = row_keys(2**32 - 1, 7, 2**40 + 9, 3, torch.from_numpy(first.astype(np.int64)))
+    assert found.dtype == np.uint64
+    assert torch.equal(to_int32(torch.from_numpy(found.astype(np.int64))), expected)
+
+
+def test_the_mixer_can_be_begun_on_key_and_column_apart():
+    keys = torch.tensor([0, -1, 2**31 - 1, -(2**31), 123456789], dtype=torch.int32)
+    columns = torch.tensor([0, 4, 65532, 65536, 2**31 - 4, -4], dtype=torch.int32)
+    for j in range(4):
+        apart = mixed(half_mixed(keys)[:, None] ^ (half_mixed(columns) ^ j))
+        assert torch.equal(apart, element_words(keys, columns ^ j))

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from elmo_compile.numerics.formats import BF16, E4M3, E5M2, FORMATS
-from elmo_compile.numerics.rounding import nearest_on_grid, round_nearest, round_stochastic_bits
+from elmo_compile.numerics.rounding import (
+    fp8_codes_nearest,
+    fp8_codes_stochastic,
+    nearest_on_grid,
+    round_nearest,
+    round_stochastic_bits,
+)
 
 FP8 = (E4M3, E5M2)
 
@@ -119,6 +125,25 @@ def naive_round(v, r, fmt):
     """Random bits into the float32 mantissa, cleared, then a cast that rounds to nearest."""
     bits = (v.view(torch.int32) + (r & fmt.random_mask)) & ~fmt.random_mask
     return bits.view(torch.float32).to(fmt.dtype).float()
+
+
+@pytest.mark.parametrize("fmt", FP8, ids=by_name)
+def test_codes_are_the_bytes_of_what_is_rounded(fmt):
+    """In, between (ties too) and beyond all cells; words that round down, up, in the middle."""
+    grid = fp8_grid(fmt)
+    between = (grid[:-1, None] + (grid[1:] - grid[:-1])[:, None] * torch.linspace(0, 1, 33)).view(
+        -1
+    )
+    beyond = [fmt.max * f for f in (1.01, 1.5, 3.0)] + [1e30, 3.4e38, math.inf, 1e-45, 1e-12]
+    v = torch.cat((between, torch.tensor(beyond))).float()
+    v = torch.cat((v, -v, torch.tensor([math.nan, -math.nan])))[:, None]
+    n = fmt.random_bits
+    words = torch.tensor([0, 1, 2**n - 1, 2 ** (n - 1), 2 ** (n - 1) - 1, -1, 12345, -98765])
+    r = torch.cat((words, torch.arange(0, 2**n, 2**n // 16))).to(torch.int32)
+    expected = round_stochastic_bits(v, r, fmt).to(fmt.dtype).view(torch.uint8)
+    assert torch.equal(fp8_codes_stochastic(v, r, fmt), expected.to(torch.int32))
+    nearest = round_nearest(v, fmt.dtype).view(torch.uint8)
+    assert torch.equal(fp8_codes_nearest(v, fmt), nearest.to(torch.int32))
 
 
 @pytest.mark.parametrize("fmt", FP8, ids=by_name)

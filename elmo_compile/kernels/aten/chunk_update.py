@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ def choose_layout(w_LD: Tensor, dw: torch.dtype, update: Update | None) -> Layou
     state: tuple[Any, ...] = () if update is None else update.moments
     all_kahan = update is not None and update.compensates_all
     if w_LD.dtype == torch.float8_e4m3fn and _whole_words(w_LD) and not state and not all_kahan:
-        return "quads" if update is None or update.rounding == "stochastic" else "plain"
+        return "quads"
     if update is not None and update.compensation is not None and all_kahan:
         state = (*state, update.compensation)
     same = all(s.dtype == w_LD.dtype and _whole_words(s) for s in state)
@@ -62,7 +63,7 @@ class ChunkUpdate:
             (philox.COMPENSATION, compensation),
         ]
         self._keys = [
-            RowKeys(update, stream, w_LD, chunk, fast)
+            RowKeys(update, stream, w_LD, chunk)
             if like is not None and is_narrow(like.dtype)
             else None
             for stream, like in needed
@@ -188,6 +189,7 @@ def update_given_rows(w_RD: Tensor, rows_K: Tensor, grad_KD: Tensor, update: Upd
                 update.seed, update.param_id, update.step, philox.WEIGHT,
                 rows_K + update.row_offset,
             )  # fmt: skip
+            key_K = philox.half_mixed(key_K)
         raw = w_RD.view(torch.uint8) if w_RD.element_size() == 1 else w_RD
         w_KD = raw[rows_K].view(w_RD.dtype)
         steps.plain_(
@@ -198,29 +200,38 @@ def update_given_rows(w_RD: Tensor, rows_K: Tensor, grad_KD: Tensor, update: Upd
 
 
 class RowKeys:
-    """Row keys of one stream, computed some 2^16 rows at a time."""
+    """Row keys of one stream, half mixed, computed some 2^16 rows at a time."""
 
-    def __init__(self, update: Update, stream: int, w_LD: Tensor, chunk: int, fast: bool) -> None:
-        words = philox.counter_words(update.seed, update.param_id, update.step, stream)
-        self._words = [torch.tensor(word, dtype=torch.int64) for word in words]
+    def __init__(self, update: Update, stream: int, w_LD: Tensor, chunk: int) -> None:
+        self._words = philox.counter_words(update.seed, update.param_id, update.step, stream)
         self._first, self._rows, self._device = update.row_offset, w_LD.shape[0], w_LD.device
         self._block = chunk * max(1, _KEY_ROWS // chunk)
         self._start, self._keys = 0, torch.empty(0, dtype=torch.int32)
-        self._fast = fast
 
     def of(self, start: int, stop: int) -> Tensor:
         """int32 [stop - start] keys; `start` and `stop` bound one chunk."""
         if not self._start <= start < stop <= self._start + self._keys.numel():
             self._start = start
             last = min(start + self._block, self._rows)
-            rows = torch.arange(self._first + start, self._first + last, device=self._device)
-            self._keys = piece(steps.row_keys, self._fast)(*self._words, rows)
+            self._keys = self._made(self._first + start, self._first + last)
         return self._keys[start - self._start : stop - self._start]
+
+    def _made(self, first: int, last: int) -> Tensor:
+        if self._device.type != "cpu":
+            rows = torch.arange(first, last, device=self._device)
+            return philox.half_mixed(philox.row_keys_from_words(self._words, rows))
+        # By numpy, which has unsigned words: a third of the time, and nothing to compile.
+        seed, param_id, step_lo, stream_step_hi = self._words
+        row = np.arange(first, last, dtype=np.uint64)
+        counter = (row & 0xFFFFFFFF, row >> 32, step_lo, stream_step_hi)
+        keys: Any = philox.philox4x32(counter, (seed, param_id))[0]
+        return philox.half_mixed(torch.from_numpy(keys.astype(np.uint32).view(np.int32)))
 
 
 def columns_of(w_LD: Tensor, per_word: int) -> Tensor:
-    """int32 columns of the first element of each word."""
-    return torch.arange(0, w_LD.shape[1], per_word, dtype=torch.int32, device=w_LD.device)
+    """int32 [D / per_word]: the column of the first element of each word, half mixed."""
+    d = torch.arange(0, w_LD.shape[1], per_word, dtype=torch.int32, device=w_LD.device)
+    return philox.half_mixed(d)
 
 
 def restore_columns(columns: Tensor) -> Tensor:

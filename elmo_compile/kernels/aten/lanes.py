@@ -53,16 +53,6 @@ def e4m3_bits(byte: Tensor) -> Tensor:
     return torch.where(magnitude == _E4M3_NAN, _NAN, bits) | ((byte & 0x80) << 24)
 
 
-def e4m3_byte(v: Tensor) -> Tensor:
-    """E4M3 byte of float32 values that lie on its grid, as int32 in [0, 256)."""
-    bits = v.view(torch.int32)
-    # From its exponent a normal value has a code of 8 or more, a subnormal one less than its own.
-    normal = ((bits & 0x7FFFFFFF) >> 20) - (_EXPONENT_0 >> 20)
-    subnormal = (v.abs() * (1 / _MIN_STEP)).clamp_max(8.0).to(torch.int32)
-    # The largest number is 0x7e; NaN comes out above it.
-    return torch.maximum(normal, subnormal).clamp_max(_E4M3_NAN) | ((bits >> 24) & 0x80)
-
-
 def e4m3_bytes(words: Tensor) -> tuple[Tensor, ...]:
     """The four bytes of each word, as int32 in [0, 256)."""
     return tuple((words >> (8 * j)) & 0xFF for j in range(4))

@@ -3,7 +3,8 @@
 Written once for elements as they are (`plain_`) and once for int32 lanes (`lanes_`).
 Shapes: C outputs of a chunk, D features. Keys are the int32 row keys of `numerics.philox`, None for
 rounding to nearest. `d` is the int32 column of each element, or of the first one of each word: an
-argument, because compiled code builds an `arange` one lane at a time, at the cost of the hash.
+argument, because compiled code builds an `arange` one lane at a time, at the cost of the hash. Both
+come half mixed (`philox.half_mixed`), so that an element has less to do.
 """
 
 from __future__ import annotations
@@ -15,18 +16,13 @@ from elmo_compile.kernels.aten import lanes
 from elmo_compile.numerics import philox
 from elmo_compile.numerics.formats import BF16, E4M3, StorageFormat, format_of, is_narrow
 from elmo_compile.numerics.rounding import (
+    fp8_codes_nearest,
+    fp8_codes_stochastic,
     nearest_on_grid,
     round_nearest,
     round_stochastic_bits,
 )
 from elmo_compile.numerics.update import Form, Rates, accumulate_rows, advance
-
-
-def row_keys(
-    seed: Tensor, param_id: Tensor, step_lo: Tensor, stream_step_hi: Tensor, rows: Tensor
-) -> Tensor:
-    """`numerics.philox.row_keys_from_words` with the words as arguments of their own."""
-    return philox.row_keys_from_words((seed, param_id, step_lo, stream_step_hi), rows)
 
 
 def accumulate_rows_(a: Tensor, dw: Tensor, scale: float) -> None:
@@ -121,7 +117,11 @@ def lanes_(
     new_c: list[Tensor] = []
     for j, (w_j, dw_j) in enumerate(zip(w_parts, dw_parts)):
 
-        def to_grid(v: Tensor, column: Tensor = d + j) -> Tensor:
+        def to_grid(v: Tensor, column: Tensor = d ^ j) -> Tensor:
+            if decoded is not None:  # nothing but the weight is updated: its bytes will do
+                if w_key is None:
+                    return fp8_codes_nearest(v, fmt)
+                return fp8_codes_stochastic(v, _words(w_key, column), fmt)
             if w_key is None:
                 return nearest_on_grid(v, fmt)
             return _on_grid(v, w_key, column, fmt)
@@ -132,13 +132,13 @@ def lanes_(
         )  # fmt: skip
         new_w.append(v)
         for into, value, key in zip(new_state, state, (first_key, second_key)):
-            into.append(_on_grid(value, key, d + j, BF16))  # type: ignore[arg-type]
+            into.append(_on_grid(value, key, d ^ j, BF16))  # type: ignore[arg-type]
         if e is not None:
-            new_c.append(_on_grid(e, c_key, d + j, BF16))  # type: ignore[arg-type]
+            new_c.append(_on_grid(e, c_key, d ^ j, BF16))  # type: ignore[arg-type]
     if decoded is None:
         w.copy_(_pack(new_w))
     else:
-        w.copy_(lanes.pack_bytes([lanes.e4m3_byte(v) for v in new_w]))
+        w.copy_(lanes.pack_bytes(new_w))
     for out, parts in zip(stored, new_state):
         if parts:
             out.copy_(_pack(parts))
@@ -160,7 +160,12 @@ def _halves(words: Tensor) -> tuple[Tensor, ...]:
 
 def _on_grid(v: Tensor, key_C: Tensor, d_D: Tensor, fmt: StorageFormat) -> Tensor:
     """float32 values of a format's grid, rounded stochastically."""
-    return round_stochastic_bits(v, philox.element_words(key_C, d_D), fmt)
+    return round_stochastic_bits(v, _words(key_C, d_D), fmt)
+
+
+def _words(key_C: Tensor, d_D: Tensor) -> Tensor:
+    """Random words of elements, from half mixed keys and columns."""
+    return philox.mixed(key_C.unsqueeze(-1) ^ d_D)
 
 
 def _rounded(v: Tensor, dtype: torch.dtype, key_C: Tensor | None, d_D: Tensor) -> Tensor:
