@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elmo_compile.ops.hidden_gradients import watch
+
 CHUNK_BYTES = 16 * 2**20
 """Widened weight held at once."""
 
@@ -36,6 +38,7 @@ def carry(weight: Tensor) -> Tensor:
     """The carrier of `weight`, whose `.grad` will be float32 and accumulate as usual."""
     if weight.is_leaf and weight.requires_grad and weight.grad_dtype is not None:
         weight.grad_dtype = None
+    watch(weight)
     carrier: Tensor = Carrier.apply(weight)  # type: ignore[no-untyped-call]
     return carrier
 

@@ -149,3 +149,40 @@ def test_a_second_reader_of_a_converted_head_is_refused(dtype: torch.dtype) -> N
         step(*batch())
     with torch.no_grad():
         step(*batch())
+
+
+@DTYPES
+@pytest.mark.parametrize("first", ["eager", "compiled"])
+def test_gradients_that_exist_do_not_break_the_graph(dtype: torch.dtype, first: str) -> None:
+    """Accumulated over batches of other sizes, each of which is compiled: no graph break."""
+    torch._dynamo.reset()
+    model = net("ce")
+    elmo.convert_head(model, dtype=dtype)
+    twin = copy.deepcopy(model)
+    step = torch.compile(model, backend="elmo", options=EAGER, fullgraph=True)
+    for number, rows in enumerate((6, 9, 11)):
+        inputs, labels = batch(number, rows)
+        run = model if number == 0 and first == "eager" else step
+        run(inputs, labels).backward()
+        twin(inputs, labels).backward()
+    assert elmo.last_report().matches
+    grad = model.head.weight.grad
+    assert grad.dtype == torch.float32
+    torch.testing.assert_close(grad, twin.head.weight.grad, rtol=2e-2, atol=2e-3)
+    for ours, theirs in zip(model.encoder.parameters(), twin.encoder.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=5e-2, atol=5e-3)
+
+
+def test_a_compilation_that_fails_gives_gradients_back() -> None:
+    model = net("ce")
+    elmo.convert_head(model, dtype=torch.bfloat16)
+    model(*batch()).backward()
+    grad = model.head.weight.grad
+
+    def broken(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> None:
+        assert model.head.weight.grad is None
+        raise ValueError("no")
+
+    with pytest.raises(Exception, match="no"):
+        torch.compile(model, backend=broken)(*batch())
+    assert model.head.weight.grad is grad
