@@ -11,11 +11,12 @@ import torch
 from elmo_compile.kernels import reference as family_reference
 from elmo_compile.kernels import triton as family
 from elmo_compile.kernels.triton import weight_update
-from elmo_compile.kernels.triton.configs import override_tiles
+from elmo_compile.kernels.triton.configs import CHIPS, assume_chip, override_tiles
 from elmo_compile.numerics.update import Update
 from kernels.triton.cases import (
     PRECISIONS,
     bits,
+    check_step,
     exact_update_problem,
     make,
     moved,
@@ -82,6 +83,22 @@ def test_a_pass_without_dx_in_it_gives_the_same_bits(name: str, device: str) -> 
         apart = run("fp8", made(name), 40, device)
     for key, value in shared.items():
         assert torch.equal(bits(apart[key]), bits(value)), key
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_tiles_of_a_chip(chip: int, device: str) -> None:
+    """The interpreter has small tiles of its own; these are the ones that chips will run."""
+    if device != "cpu":
+        pytest.skip("a chip has its own")
+    with assume_chip(chip, processors=8):
+        options = {"num_rows": 100, "num_features": 200, "num_outputs": 300, "chunk": 170}
+        check_step(make("bce", "fp8", **options), device)
+        for name in ("sgd", "kahan, adamw"):
+            expected = updated_by_reference(
+                exact_update_problem("fp8", 40), torch.full((6,), 0.5), made(name)
+            )
+            got = run("fp8", made(name), 40, device)
+            assert torch.equal(bits(got["weight"]), bits(expected["weight"]))
 
 
 def test_the_shared_pass_is_taken_where_a_tile_holds_the_batch(
