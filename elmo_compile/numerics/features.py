@@ -34,9 +34,15 @@ def to_codes(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     mantissa_N, exponent_N = torch.frexp(torch.where(finite_N, top_N, 1.0))
     exponent_N = exponent_N - _LARGEST_EXPONENT + (mantissa_N > _LARGEST_MANTISSA).to(torch.int32)
     exponent_N = exponent_N.clamp(*_EXPONENTS)
-    scaled_ND = torch.ldexp(v_ND, -exponent_N[:, None])
+    scaled_ND = v_ND * _power_of_two(-exponent_N)[:, None]
     codes_ND = torch.where(finite_N[:, None], scaled_ND, torch.nan).to(FP8)
-    return codes_ND, torch.ldexp(torch.ones_like(top_N), exponent_N)
+    return codes_ND, _power_of_two(exponent_N)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """float32 `2^exponent` for int32 in [-126, 127], by its bits: `ldexp` takes a power, which need
+    not be exact on every device."""
+    return ((exponent + 127) << 23).view(torch.float32)
 
 
 def round_features(x_ND: Tensor) -> Tensor:
