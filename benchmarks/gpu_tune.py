@@ -23,13 +23,13 @@ def tune(b: Bench) -> Rows:
         for columns, inner, warps in ((64, 64, 4), (64, 64, 8), (128, 64, 8), (64, 128, 8))
         for stages in (2, 3, 4)
     ]
-    candidates = {
-        "shared": [None], "logits": apart, "features": apart, "weights": apart,
-        "shared ": [None, *shared],
-    }  # fmt: skip
+    candidates = [
+        ("shared", [None]), ("logits", apart), ("features", apart), ("weights", apart),
+        ("shared", [None, *shared]),
+    ]  # fmt: skip
     if b.dry:
         small: list[Tile | None] = [Tile(16, 32, 32, 1, 1)]
-        candidates = {"shared": [None], "logits": small, "shared ": [None, *small]}
+        candidates = [("shared", [None]), ("logits", small), ("shared", [None, *small])]
     rows: Rows = []
     for dtype in (torch.bfloat16, FP8):
         with fresh():
@@ -42,9 +42,8 @@ def tune(b: Bench) -> Rows:
                 rows.append({**row, "ms": 1e3 * seconds})
             step = kernel_step(b, x, w, labels)
             best: dict[str, Tile | None] = {}
-            for field, tiles in candidates.items():
+            for field, tiles in candidates:
                 timed = {}
-                field = field.strip()  # the same field again, once the others are chosen
                 for tile in tiles:
                     row = {"part": "tune", "dtype": NAMES[dtype], "kernel": field, "tile": tile}
                     try:

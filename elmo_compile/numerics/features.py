@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
-_LARGEST = 448.0
 _LARGEST_MANTISSA, _LARGEST_EXPONENT = 0.875, 9
 """448 = 0.875 * 2^9."""
 _EXPONENTS = (-100, 118)

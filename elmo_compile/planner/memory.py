@@ -15,7 +15,7 @@ LOSS = "loss"
 UPDATE = "weight gradient"
 CHUNK_OF_LOGITS = "chunk of logits, then gradient"
 ROUNDING_KEYS = 12 << 16
-"""Bytes: int64 row numbers and int32 keys of 2^16 rows of weight."""
+"""Bytes: int32 keys of 2^16 rows of weight, and 64-bit words while they are made."""
 EAGER_BELOW = 1 << 20
 """Logits below which the CPU kernels do not compile their vector code (kernels.aten.compiled)."""
 EAGER_UPDATE = 24

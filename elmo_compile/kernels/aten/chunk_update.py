@@ -23,7 +23,8 @@ from elmo_compile.numerics.update import STATE_STREAMS, Update, accumulate_rows
 Layout = Literal["plain", "pairs", "quads"]
 """`plain`: elements as they are. `pairs`: bf16 words of two, weight, gradient and state alike.
 `quads`: E4M3 words of four, with a decoded copy and a gradient in `halves_order`."""
-_KEY_ROWS = 1 << 16
+_KEY_ROWS, _KEYS_AT_ONCE = 1 << 16, 1 << 12
+"""Rows whose keys are kept, and made together."""
 _BLOCK = 1 << 22
 """Elements of a parameter updated at once."""
 
@@ -222,10 +223,13 @@ class RowKeys:
             return philox.half_mixed(philox.row_keys_from_words(self._words, rows))
         # By numpy, which has unsigned words: a third of the time, and nothing to compile.
         seed, param_id, step_lo, stream_step_hi = self._words
-        row = np.arange(first, last, dtype=np.uint64)
-        counter = (row & 0xFFFFFFFF, row >> 32, step_lo, stream_step_hi)
-        keys: Any = philox.philox4x32(counter, (seed, param_id))[0]
-        return philox.half_mixed(torch.from_numpy(keys.astype(np.uint32).view(np.int32)))
+        keys = np.empty(last - first, dtype=np.uint32)
+        for start in range(0, keys.size, _KEYS_AT_ONCE):
+            some = keys[start : start + _KEYS_AT_ONCE]
+            row = np.arange(first + start, first + start + some.size, dtype=np.uint64)
+            counter = (row & 0xFFFFFFFF, row >> 32, step_lo, stream_step_hi)
+            some[:] = philox.philox4x32(counter, (seed, param_id))[0]
+        return philox.half_mixed(torch.from_numpy(keys.view(np.int32)))
 
 
 def columns_of(w_LD: Tensor, per_word: int) -> Tensor:
