@@ -1,31 +1,35 @@
 """The head step, a whole training step and cross entropy on a GPU, beside floors and peers.
 
-    python benchmarks/gpu.py --out DIR                   # all parts: some 8 minutes on an H200
-    python benchmarks/gpu.py --out DIR --parts tune      # tiles and chunks by time
+    python benchmarks/gpu.py --out DIR --parts bce       # needs nothing installed but torch, triton
     python benchmarks/gpu.py --out DIR --parts paper --paper CLONE
     python benchmarks/gpu.py --out DIR --dry             # tiny, also without a GPU: does it run?
+
+On a lent machine: `benchmarks/on_gpu.sh`, which gives each part a process and a time limit.
 
 Parts: `bce` (head step, N=128, D=768, L to 8.6 million), `step` (BERT-base and 2 812 281 labels),
 `ce` (N=8192, D=4096, vocabularies of language models, with peers that are installed), `labels` (as
 many as the card holds), `tune`, `paper` (the paper's own kernels, from a clone of its repository).
-Floors are from ceilings measured in the same run: a copy, and a
-bf16 product of random numbers. Times are CUDA events, medians; memory is the allocator's peak.
-Raw rows go to DIR/gpu.json, the tables to DIR/gpu.md and the end of the output.
+Floors are from ceilings measured in the same run: a copy, and a bf16 product of random numbers.
+`ms` is the device's time (events, medians, contenders interleaved), `ms in a row` the clock's over
+several steps, the host's work included; memory is the allocator's peak. Each row is added to
+DIR/rows.jsonl as it is measured; the tables of all rows there go to DIR/gpu.md and the output.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
-import json
+import os
 import platform
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare checkout too
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +38,13 @@ from gpu_common import (
     MIB,
     NAMES,
     Bench,
+    Contender,
     Head,
     Rows,
+    Step,
     fresh,
     kernel_step,
     model_step,
-    timed,
     weight,
 )
 from torch import Tensor, nn
@@ -47,47 +52,74 @@ from torch import Tensor, nn
 import elmo_compile as elmo
 
 
-def ceilings(b: Bench) -> Rows:
+def ceilings(b: Bench) -> None:
     """Device-to-device copy, and a square bf16 product of random numbers."""
     n, m = b.size(1 << 32, 1 << 16), b.size(8192, 64)
     a, c = (torch.empty(n, dtype=torch.uint8, device=b.device) for _ in range(2))
-    b.copy = 2 * n / b.time(lambda: c.copy_(a))
+    b.copy = 2 * n / b.time(lambda: c.copy_(a)).device
     x, y = (torch.randn(m, m, device=b.device).bfloat16() for _ in range(2))
-    b.flops = 2 * m**3 / b.time(lambda: torch.mm(x, y))
-    return [{"part": "ceilings", "TB/s": b.copy / 1e12, "bf16 TFLOP/s": b.flops / 1e12}]
+    b.flops = 2 * m**3 / b.time(lambda: torch.mm(x, y)).device
+    b.emit(part="ceilings", **{"TB/s": b.copy / 1e12, "bf16 TFLOP/s": b.flops / 1e12})
 
 
-def bce(b: Bench) -> Rows:
-    """Fused head steps beside the floor: the larger of bytes and operations."""
-    N, D = b.size(128, 8), b.size(768, 32)
-    rows: Rows = []
-    for L in [b.size(n, 1000) for n in (131_072, 670_091, 1_305_265, 2_812_281, 8_623_847)]:
-        for dtype in (torch.bfloat16, FP8):
+def bce(b: Bench) -> None:
+    """Fused head steps beside the floor (the larger of bytes and operations) and plain torch."""
+    for L in [b.size(n, 1000) for n in (2_812_281, 8_623_847, 131_072, 670_091, 1_305_265)]:
+        for dtype in (FP8, torch.bfloat16):
             with fresh():
-                x = torch.randn(N, D, device=b.device).bfloat16()
-                w = weight(L, D, dtype, b.device)
-                labels = torch.randint(0, L, (N, 5), device=b.device)
-                floor = max(2 * w.numel() * w.element_size() / b.copy, 6 * N * L * D / b.flops)
-                row = {"part": "bce", "L": L, "dtype": NAMES[dtype]}
-                kernels = kernel_step(b, x, w, labels)
-                rows.append({**row, "contender": "kernels", **timed(b, kernels, floor)})
-                whole = model_step(b, Head(w), x, labels)
-                name = "torch.compile, backend elmo"
-                rows.append({**row, "contender": name, **timed(b, whole, floor)})
-                if dtype != FP8:
-                    continue
-                kernels = kernel_step(b, x, w, labels, fp8_features=True)
-                name = "kernels, fp8 features"
-                rows.append({**row, "contender": name, **timed(b, kernels, floor)})
+                _bce(b, L, dtype)
         if b.dry:
             break
-    return rows
+
+
+def _bce(b: Bench, L: int, dtype: torch.dtype) -> None:
+    N, D = b.size(128, 8), b.size(768, 32)
+    x = torch.randn(N, D, device=b.device).bfloat16()
+    w = weight(L, D, dtype, b.device)
+    labels = torch.randint(0, L, (N, 5), device=b.device)
+    contenders = {
+        "kernels": Contender(kernel_step(b, x, w, labels)),
+        "kernels, with the loss": Contender(kernel_step(b, x, w, labels, value=True)),
+        "torch.compile, backend elmo": Contender(model_step(b, Head(w), x, labels)),
+    }
+    if dtype == FP8:
+        step = kernel_step(b, x, w, labels, fp8_features=True)
+        contenders["kernels, fp8 features"] = Contender(step, products=2.5)
+    elif L <= 3_000_000:  # above, a gradient and its logits would take the card
+        contenders["eager"] = Contender(_plain_step(x, w, labels, plain_loss))
+        inductor = torch.compile(plain_loss)
+        contenders["torch.compile, inductor"] = Contender(_plain_step(x, w, labels, inductor))
+    row = {"part": "bce", "L": L, "dtype": NAMES[dtype]}
+    b.compare(row, contenders, moved=2 * w.numel() * w.element_size(), product=2 * N * L * D)
+
+
+def plain_loss(z: Tensor, labels: Tensor) -> Tensor:
+    """Summed BCE of label lists [N, P], mean over rows, without this package."""
+    y = torch.zeros_like(z).scatter_(1, labels, 1.0)
+    return F.binary_cross_entropy_with_logits(z, y, reduction="sum") / z.shape[0]
+
+
+def _plain_step(x: Tensor, w: Tensor, labels: Tensor, loss: Any) -> Step:
+    """A step with torch.optim.SGD."""
+    x, w = x.clone().requires_grad_(), nn.Parameter(w)
+    optimizer = torch.optim.SGD([w], lr=1e-6)
+
+    def step() -> None:
+        loss(F.linear(x, w), labels).backward()
+        optimizer.step()
+        x.grad = w.grad = None
+
+    return step
 
 
 class Classifier(nn.Module):
-    """BERT-base with random weights, the first token's vector, and a head."""
+    """BERT-base with random weights, the first token's vector, and a head.
 
-    def __init__(self, b: Bench, outputs: int, dtype: torch.dtype) -> None:
+    Args:
+        plain: the head and its loss are torch's.
+    """
+
+    def __init__(self, b: Bench, outputs: int, dtype: torch.dtype, *, plain: bool) -> None:
         from transformers import BertConfig, BertModel
 
         super().__init__()
@@ -96,53 +128,73 @@ class Classifier(nn.Module):
         config._attn_implementation = "sdpa"
         with torch.device(b.device):
             self.encoder = BertModel(config, add_pooling_layer=False).bfloat16()
-        w = torch.zeros(outputs, config.hidden_size, dtype=dtype, device=b.device)
-        self.head = Head(w, bias=True)
+        self.head = Head(weight(outputs, config.hidden_size, dtype, b.device), bias=True)
+        self.plain = plain
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Summed BCE of the labels, mean over rows."""
-        return self.head(self.encoder(tokens).last_hidden_state[:, 0], labels)
+        x = self.encoder(tokens).last_hidden_state[:, 0]
+        if self.plain:
+            head = self.head.head
+            return plain_loss(F.linear(x, head.weight, head.bias.to(x.dtype)), labels)
+        return self.head(x, labels)
 
 
-def whole_step(b: Bench) -> Rows:
+PLAIN = "torch.compile, inductor, torch.optim"
+
+
+def whole_step(b: Bench) -> None:
     """Peak memory and speed of training, as published for 2 812 281 labels."""
     N, T, L = b.size(128, 2), b.size(128, 8), b.size(2_812_281, 1000)
-    rows: Rows = []
-    for dtype in (FP8, torch.bfloat16):
-        for mode in ("none", "activation budget 0.5", "layer checkpointing"):
-            with fresh():
-                rows.append(_train(b, N, T, L, dtype, mode))
-        if b.dry:
-            break
-    return rows
+    modes = ("none", "activation budget 0.5", "layer checkpointing")
+    runs = [(FP8, "none"), (torch.bfloat16, "none"), (torch.bfloat16, PLAIN)]
+    runs += [(dtype, mode) for mode in modes[1:] for dtype in (FP8, torch.bfloat16)]
+    for dtype, mode in runs:
+        row = {"part": "step", "L": L, "dtype": NAMES[dtype], "contender": mode}
+        with fresh():
+            try:
+                b.emit(**row, **_train(b, N, T, L, dtype, mode))
+            except torch.OutOfMemoryError as error:
+                b.emit(**row, failed=f"OutOfMemoryError: {str(error)[:80]}")
 
 
 def _train(b: Bench, N: int, T: int, L: int, dtype: torch.dtype, mode: str) -> dict[str, Any]:
     import torch._functorch.config as functorch
 
-    model = Classifier(b, L, dtype)
+    plain = mode == PLAIN
+    model = Classifier(b, L, dtype, plain=plain)
     if mode == "layer checkpointing":
         model.encoder.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    encoder = elmo.optim.AdamW(
-        model.encoder.parameters(), lr=1e-5, rounding="kahan", state_dtype=torch.bfloat16,
-        fused=False,
-    )  # fmt: skip
-    head = elmo.optim.SGD(model.head.parameters(), lr=0.05)
+    if plain:
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(model.encoder.parameters(), lr=1e-5),
+            torch.optim.SGD(model.head.parameters(), lr=0.05),
+        ]
+    else:
+        optimizers = [
+            elmo.optim.AdamW(
+                model.encoder.parameters(), lr=1e-5, rounding="kahan",
+                state_dtype=torch.bfloat16, fused=False,
+            ),
+            elmo.optim.SGD(model.head.parameters(), lr=0.05),
+        ]  # fmt: skip
     budget = 0.5 if mode.startswith("activation") else 1.0
     tokens = torch.randint(0, 30_000, (N, T), device=b.device)
     labels = torch.randint(0, L, (N, 5), device=b.device)
     with functorch.patch(activation_memory_budget=budget):
-        step_fn = torch.compile(model, backend="elmo", options=b.options)
+        how: dict[str, Any] = {} if plain else {"backend": "elmo", "options": b.options}
+        step_fn = torch.compile(model, **how)
 
         def step() -> None:
             step_fn(tokens, labels).backward()
-            for optimizer in (encoder, head):
+            for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
 
-        seconds = b.time(step)
-        if not elmo.is_fused(model.head.head.weight) or not elmo.last_report().matches:
+        times = b.time(step)
+        fused = elmo.is_fused(model.head.head.weight) and elmo.last_report().matches
+        if not plain and not fused:
             raise RuntimeError(f"the head's update was not fused:\n{elmo.last_report()}")
         terms = {
             "encoder MiB": sum(p.numel() * p.element_size() for p in model.encoder.parameters()),
@@ -151,72 +203,105 @@ def _train(b: Bench, N: int, T: int, L: int, dtype: torch.dtype, mode: str) -> d
         between = b.allocated()
         allocated, reserved = b.peak(step)
     return {
-        "part": "step", "L": L, "dtype": NAMES[dtype], "contender": mode, "ms": 1e3 * seconds,
-        "samples/s": N / seconds, "peak GiB": allocated / 1024, "reserved GiB": reserved / 1024,
+        "ms": 1e3 * times.device, "ms in a row": 1e3 * times.whole,
+        "samples/s": N / times.whole, "peak GiB": allocated / 1024, "reserved GiB": reserved / 1024,
         **{name: value / MIB for name, value in terms.items()},
         "with optimizer state MiB": between,
     }  # fmt: skip
 
 
-def most_labels(b: Bench) -> Rows:
+def most_labels(b: Bench) -> None:
     """One head of as many labels as fit: 100 million in fp8."""
-    rows: Rows = []
     for L in [b.size(n, 2000) for n in (20_000_000, 100_000_000, 160_000_000)]:
         with fresh():
-            x = torch.randn(b.size(128, 8), b.size(768, 32), device=b.device).bfloat16()
-            w = torch.zeros(L, x.shape[1], dtype=FP8, device=b.device)
-            labels = torch.randint(0, L, (x.shape[0], 5), device=b.device)
-            step = kernel_step(b, x, w, labels)
-            seconds = b.time(step)
-            allocated, _ = b.peak(step)
-            rows.append({"part": "labels", "L": L, "ms": 1e3 * seconds, "peak MiB": allocated})
-    return rows[: 1 if b.dry else None]
+            _labels(b, L)
+        if b.dry:
+            break
 
 
-def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Losses of (x, w, classes) of installed packages; a package that is not there is left out."""
-    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+def _labels(b: Bench, L: int) -> None:
+    try:
+        x = torch.randn(b.size(128, 8), b.size(768, 32), device=b.device).bfloat16()
+        w = weight(L, x.shape[1], FP8, b.device)
+        labels = torch.randint(0, L, (x.shape[0], 5), device=b.device)
+        step = kernel_step(b, x, w, labels)
+        times, (allocated, _) = b.time(step), b.peak(step)
+    except torch.OutOfMemoryError as error:
+        b.emit(part="labels", L=L, failed=str(error)[:80])
+    else:
+        b.emit(part="labels", L=L, **{"ms": 1e3 * times.device, "peak MiB": allocated})
+
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def peers(b: Bench, row: dict[str, Any]) -> dict[str, Loss]:
+    """Losses of (x, w, classes) of installed packages; one that is not there is a row."""
+    found: dict[str, Loss] = {
         "eager": lambda x, w, y: F.cross_entropy(F.linear(x, w), y),
         "torch.compile": torch.compile(lambda x, w, y: F.cross_entropy(F.linear(x, w), y)),
     }
     if hasattr(F, "linear_cross_entropy"):
         found["F.linear_cross_entropy"] = lambda x, w, y: F.linear_cross_entropy(x, w, y)
-    with contextlib.suppress(ImportError):
-        liger = importlib.import_module("liger_kernel.transformers")
-        loss = liger.LigerFusedLinearCrossEntropyLoss()
-        found["Liger"] = lambda x, w, y: loss(w, x, y)
-    with contextlib.suppress(ImportError):
-        cce = importlib.import_module("cut_cross_entropy")
-        found["cut-cross-entropy"] = lambda x, w, y: cce.linear_cross_entropy(x, w, y)
-        found["cut-cross-entropy, exact"] = lambda x, w, y: cce.linear_cross_entropy(
-            x, w, y, impl="cce_exact"
-        )
-    with contextlib.suppress(ImportError):
-        quack = importlib.import_module("quack.linear_cross_entropy")
-        found["quack"] = lambda x, w, y: quack.chunked_linear_cross_entropy(x, w, y)
+
+    def liger() -> Loss:
+        package = importlib.import_module("liger_kernel.transformers")
+        loss = package.LigerFusedLinearCrossEntropyLoss()
+        return lambda x, w, y: loss(w, x, y)
+
+    def cce(**how: Any) -> Loss:
+        package = importlib.import_module("cut_cross_entropy")
+        return lambda x, w, y: package.linear_cross_entropy(x, w, y, **how)
+
+    def quack() -> Loss:
+        package = importlib.import_module("quack.linear_cross_entropy")
+        return lambda x, w, y: package.chunked_linear_cross_entropy(x, w, y)
+
+    packages: dict[str, Callable[[], Loss]] = {
+        "Liger": liger,
+        "cut-cross-entropy": cce,
+        "cut-cross-entropy, exact": lambda: cce(impl="cce_exact"),
+        "quack": quack,
+    }
+    for name, load in packages.items():
+        try:
+            found[name] = load()
+        except Exception as error:  # of any kind: a package's own imports may fail
+            b.emit(**row, contender=name, failed=f"{type(error).__name__}: {str(error)[:80]}")
     return found
 
 
-def cross_entropy(b: Bench) -> Rows:
+def cross_entropy(b: Bench) -> None:
     """A softmax head with a real gradient and with a fused update, beside peers."""
-    N, D = b.size(8192, 16), b.size(4096, 32)
-    rows: Rows = []
     for L in [b.size(n, 1000) for n in (128_256, 256_000)]:
         with fresh():
-            x = torch.randn(N, D, device=b.device).bfloat16()
-            w = weight(L, D, torch.bfloat16, b.device)
-            y = torch.randint(0, L, (N,), device=b.device)
-            truth = _truth(x, w, y)
-            floor = 6 * N * L * D / b.flops
-            row = {"part": "ce", "L": L}
-            for name, loss in {"elmo, real gradient": _ours(b), **peers()}.items():
-                made = _compare(b, loss, x, w.detach(), y, truth, floor)
-                rows.append({**row, "contender": name, **made})
-            fused = model_step(b, Head(w.clone()), x, y)
-            rows.append({**row, "contender": "elmo, fused update", **timed(b, fused, floor)})
+            _cross_entropy(b, L)
         if b.dry:
             break
-    return rows
+
+
+def _cross_entropy(b: Bench, L: int) -> None:
+    N, D = b.size(8192, 16), b.size(4096, 32)
+    x = torch.randn(N, D, device=b.device).bfloat16()
+    w = weight(L, D, torch.bfloat16, b.device)
+    y = torch.randint(0, L, (N,), device=b.device)
+    truth = _truth(x, w, y)
+    row = {"part": "ce", "L": L}
+    losses = {"elmo, real gradient": _ours(b), **peers(b, row)}
+    contenders = {}
+    for name, loss in losses.items():
+        step = _gradient_step(loss, x, w, y)
+        try:
+            errors = step(truth)
+        except Exception as error:  # a peer that does not run here is a row that says so
+            b.emit(**row, contender=name, failed=f"{type(error).__name__}: {str(error)[:80]}")
+            continue
+        b.emit(**row, contender=name, **errors)
+        contenders[name] = Contender(step)
+    del truth
+    fused = model_step(b, Head(w.clone()), x, y)
+    contenders["elmo, fused update (four products)"] = Contender(fused)
+    b.compare(row, contenders, moved=2 * w.numel() * 2, product=2 * N * L * D)
 
 
 def _truth(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,47 +331,38 @@ def _ours(b: Bench) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return torch.compile(loss, backend="elmo", options=b.options)
 
 
-def _compare(
-    b: Bench, loss: Any, x: Tensor, w: Tensor, y: Tensor, truth: tuple[Tensor, Tensor], floor: float
-) -> dict[str, Any]:
-    """Time, memory above the weights (the gradient included) and errors of one contender."""
-    x, w = x.clone().requires_grad_(), w.requires_grad_()
+def _gradient_step(loss: Loss, x: Tensor, w: Tensor, y: Tensor) -> Callable[..., Any]:
+    """Both gradients of a loss; their errors where the true ones are given."""
+    x, w = x.clone().requires_grad_(), w.detach().requires_grad_()
 
-    def step() -> None:
+    def step(truth: tuple[Tensor, Tensor] | None = None) -> dict[str, float]:
         x.grad = w.grad = None
         loss(x, w, y).backward()
-
-    try:
-        step()
-        assert x.grad is not None
-        assert w.grad is not None
-        errors = {"error dx": _error(x.grad, truth[0]), "error dw": _error(w.grad, truth[1])}
-        seconds = b.time(step)
+        errors = {}
+        if truth is not None:
+            assert x.grad is not None
+            assert w.grad is not None
+            errors = {"error dx": _error(x.grad, truth[0]), "error dw": _error(w.grad, truth[1])}
         x.grad = w.grad = None
-        before = b.allocated()
-        allocated, reserved = b.peak(step)
-    except Exception as error:  # a peer that does not run here is a row that says so
-        return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"}
-    return {
-        "ms": 1e3 * seconds, "floor ms": 1e3 * floor, "ratio": seconds / floor,
-        "above MiB": allocated - before, "reserved MiB": reserved, **errors,
-    }  # fmt: skip
+        return errors
+
+    return step
 
 
-def tune(b: Bench) -> Rows:
+def tune(b: Bench) -> None:
     """Tiles and chunks, with the kernels' own package."""
-    return importlib.import_module("gpu_tune").tune(b)
+    importlib.import_module("gpu_tune").tune(b)
 
 
-def paper(b: Bench) -> Rows:
+def paper(b: Bench) -> None:
     """The paper's kernels."""
-    return importlib.import_module("gpu_paper").paper(b)
+    importlib.import_module("gpu_paper").paper(b)
 
 
-PARTS: dict[str, Callable[[Bench], Rows]] = {
+PARTS: dict[str, Callable[[Bench], None]] = {
     "bce": bce,
-    "ce": cross_entropy,
     "step": whole_step,
+    "ce": cross_entropy,
     "labels": most_labels,
     "tune": tune,
     "paper": paper,
@@ -297,7 +373,6 @@ def environment(b: Bench) -> dict[str, Any]:
     """What a number depends on besides the code."""
     import triton
 
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     device = platform.machine()
     if b.device == "cuda":
         device = torch.cuda.get_device_name(0)
@@ -306,9 +381,18 @@ def environment(b: Bench) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": done.stdout.strip(),
+        "commit": os.environ.get("ELMO_COMMIT") or _commit(),
         "repeats": b.repeats,
     }
+
+
+def _commit() -> str:
+    """Of the checkout; nothing where that cannot be asked."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 def tables(rows: Rows) -> str:
@@ -328,7 +412,7 @@ def tables(rows: Rows) -> str:
 def main() -> None:
     """Run the parts, keep what each gave even if a later one fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of gpu.json and gpu.md")
+    parser.add_argument("--out", type=Path, required=True, help="folder of rows.jsonl and gpu.md")
     parser.add_argument(
         "--parts",
         nargs="+",
@@ -344,22 +428,23 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.dry:
         raise SystemExit("no CUDA device here; --dry runs tiny sizes on the CPU")
-    repeats = 2 if options.dry else options.repeats
-    b = Bench(device, options.dry, repeats, options.paper)
     options.out.mkdir(parents=True, exist_ok=True)
-    rows, failed = ceilings(b), []
+    repeats = 2 if options.dry else options.repeats
+    b = Bench(device, options.dry, repeats, options.out, options.paper)
+    b.emit(part="environment", **environment(b))
+    ceilings(b)
+    failed = []
     for part in options.parts:
         started = time.perf_counter()
         try:
-            rows += PARTS[part](b)
-        except Exception:  # the other parts are worth having
+            PARTS[part](b)
+        except (Exception, SystemExit) as error:  # the other parts are worth having
             traceback.print_exc()
             failed.append(part)
+            b.emit(part=part, failed=f"{type(error).__name__}: {str(error)[:200]}")
         print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
-        report = {"environment": environment(b), "failed": failed, "rows": rows}
-        (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-        (options.out / "gpu.md").write_text(tables(rows))
-    print(tables(rows))
+        (options.out / "gpu.md").write_text(tables(b.kept()))
+    print(tables(b.kept()))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +23,36 @@ Step = Callable[[], Any]
 FP8 = torch.float8_e4m3fn
 NAMES = {torch.float32: "float32", torch.bfloat16: "bf16", FP8: "fp8"}
 MIB = 1 << 20
+ROWS = "rows.jsonl"
+AHEAD = 20_000_000
+"""Cycles the device waits before a timed step, some 10 ms: the host gets ahead of it."""
+
+
+class Contender(NamedTuple):
+    """A step to be timed beside others."""
+
+    step: Step
+    products: float = 3.0
+    """Its matrix products, in bf16 ones: the floor of its operations."""
+
+
+class Times(NamedTuple):
+    """Seconds of a step."""
+
+    device: float
+    """Of the device, kept busy before it: what the kernels take where the host is ahead. Median."""
+    whole: float
+    """Of several in a row by the clock on the wall, the host's work included."""
 
 
 @dataclasses.dataclass
 class Bench:
-    """Where and how large; `dry` keeps every size tiny."""
+    """Where, how large (`dry` keeps every size tiny), and where the rows go."""
 
     device: str
     dry: bool
     repeats: int
+    out: Path
     paper: Path | None = None
     """A checkout of the paper's repository; None: its part has nothing to run."""
     copy: float = 1.0
@@ -46,23 +68,77 @@ class Bench:
         """Of the backend: a dry run's heads are tiny, and rewritten all the same."""
         return {"min_outputs": 64} if self.dry else {}
 
-    def time(self, step: Step) -> float:
-        """Median seconds of a step, after two to warm up."""
-        step(), step()
-        times = []
+    def emit(self, **row: Any) -> None:
+        """Keep a row, on disk and on the screen at once: the machine may be gone in a minute."""
+        with (self.out / ROWS).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        print(", ".join(shown), flush=True)
+
+    def kept(self) -> Rows:
+        """The rows on disk: of this process, and of those before it with the same folder."""
+        return [json.loads(line) for line in (self.out / ROWS).read_text().splitlines()]
+
+    def times(self, steps: dict[str, Step], row: dict[str, Any]) -> dict[str, Times]:
+        """Times of steps, interleaved; one that fails becomes a row that says so.
+
+        Each is warmed up for a tenth of a second at least: a card that waited for a compiler has
+        lowered its clock.
+        """
+        running = dict(steps)
+        for name, step in steps.items():
+            try:
+                self._warm(step)
+            except Exception as error:  # a contender that does not run here is a result
+                del running[name]
+                self.emit(**row, contender=name, failed=_said(error))
+        device: dict[str, list[float]] = {name: [] for name in running}
         for _ in range(self.repeats):
-            if self.device == "cpu":
-                start = time.perf_counter()
-                step()
-                times.append(time.perf_counter() - start)
-                continue
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
+            for name, step in running.items():
+                device[name].append(self._device_seconds(step))
+        return {
+            name: Times(statistics.median(device[name]), self._in_a_row(step))
+            for name, step in running.items()
+        }
+
+    def time(self, step: Step) -> Times:
+        """Times of one step. Raises what it raises."""
+        self._warm(step)
+        found = [self._device_seconds(step) for _ in range(self.repeats)]
+        return Times(statistics.median(found), self._in_a_row(step))
+
+    def _warm(self, step: Step) -> None:
+        start, steps = time.perf_counter(), 0
+        while steps < 2 or (time.perf_counter() - start < 0.1 and not self.dry):
             step()
-            last.record()
-            last.synchronize()
-            times.append(first.elapsed_time(last) / 1e3)
-        return statistics.median(times)
+            self.wait()
+            steps += 1
+
+    def _device_seconds(self, step: Step) -> float:
+        if self.device == "cpu":
+            start = time.perf_counter()
+            step()
+            return time.perf_counter() - start
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(AHEAD)  # type: ignore[no-untyped-call]
+        first.record()
+        step()
+        last.record()
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1e3
+
+    def _in_a_row(self, step: Step) -> float:
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(self.repeats):
+            step()
+        self.wait()
+        return (time.perf_counter() - start) / self.repeats
+
+    def wait(self) -> None:
+        """Until the device has nothing left to do."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
     def peak(self, step: Step) -> tuple[float, float]:
         """MiB (allocated, reserved) at the peak of one step, all that exists included."""
@@ -77,7 +153,36 @@ class Bench:
 
     def allocated(self) -> float:
         """MiB that exist now."""
+        gc.collect()
         return float("nan") if self.device == "cpu" else torch.cuda.memory_allocated() / MIB
+
+    def compare(
+        self, row: dict[str, Any], contenders: dict[str, Contender], *, moved: float, product: float
+    ) -> dict[str, float]:
+        """Time contenders interleaved, then their memory, a row each; device seconds by name.
+
+        `above MiB` is what a step's peak adds to what exists without it.
+
+        Args:
+            row: what all rows have in common.
+            moved: bytes that any of them must move.
+            product: operations of one of its matrix products.
+        """
+        found = self.times({name: one.step for name, one in contenders.items()}, row)
+        for name, (device, whole) in found.items():
+            floor = max(moved / self.copy, contenders[name].products * product / self.flops)
+            before = self.allocated()
+            allocated, reserved = self.peak(contenders[name].step)
+            self.emit(
+                **row, contender=name, **{"ms": 1e3 * device, "ms in a row": 1e3 * whole,
+                "floor ms": 1e3 * floor, "ratio": device / floor, "above MiB": allocated - before,
+                "peak MiB": allocated, "reserved MiB": reserved},
+            )  # fmt: skip
+        return {name: times.device for name, times in found.items()}
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 @contextlib.contextmanager
@@ -134,8 +239,15 @@ def kernel_step(
     *,
     chunk: int | None = None,
     fp8_features: bool = False,
+    value: bool = False,
 ) -> Step:
-    """The fused BCE step without torch.compile around it; chunk: None for the planner's."""
+    """The fused BCE step without torch.compile around it, its last gradients of x in `step.made`.
+
+    Args:
+        chunk: outputs at once; None for the planner's.
+        fp8_features: x is rounded to E4M3 for an fp8 product.
+        value: the loss itself is made too, as training does.
+    """
     from elmo_compile import kernels
     from elmo_compile.kernels.problem import HeadProblem
     from elmo_compile.kernels.targets import positives_of
@@ -166,19 +278,11 @@ def kernel_step(
             chunk=chunk or planned.chunk_size, fp8_features=fp8_features,
         )  # fmt: skip
         update = Update(lr=1e-6, rounding="stochastic", step=count)
-        family.backward_update(problem, none, scale, update, need_db=False)
+        step.made = family.backward_update(  # type: ignore[attr-defined]
+            problem, none, scale, update, need_db=False, need_value=value
+        )
 
     return step
-
-
-def timed(b: Bench, step: Step, floor: float) -> dict[str, Any]:
-    """Time and memory of a step; `above MiB` is what its peak adds to what exists without it."""
-    seconds, before = b.time(step), b.allocated()
-    allocated, reserved = b.peak(step)
-    return {
-        "ms": 1e3 * seconds, "floor ms": 1e3 * floor, "ratio": seconds / floor,
-        "above MiB": allocated - before, "peak MiB": allocated, "reserved MiB": reserved,
-    }  # fmt: skip
 
 
 def model_step(b: Bench, model: nn.Module, x: Tensor, labels: Tensor, **options: Any) -> Step:

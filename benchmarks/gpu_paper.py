@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from gpu_common import FP8, Bench, Rows, Step, fresh, kernel_step, timed, weight
+from gpu_common import FP8, Bench, Contender, Step, fresh, kernel_step, weight
 from torch import Tensor, nn
 
 PARTS = 8
@@ -47,28 +47,34 @@ def its_step(x: Tensor, labels: Tensor, L: int) -> Step:
     return step
 
 
-def paper(b: Bench) -> Rows:
-    """Its step beside ours: N=128, D=768, fp8."""
+def paper(b: Bench) -> None:
+    """Its step beside ours, interleaved: N=128, D=768, fp8."""
     if b.paper is None:
         raise SystemExit("the part 'paper' needs --paper DIR, a clone of its repository")
     sys.path.insert(0, str(b.paper / "src"))
+    for L in [b.size(n, 2048) // 128 * 128 for n in (2_812_281, 131_072, 670_091, 1_305_265)]:
+        with fresh():
+            _compare(b, L)
+
+
+def _compare(b: Bench, L: int) -> None:
     N, D = b.size(128, 16), b.size(768, 64)
-    rows: Rows = []
-    for L in [b.size(n, 2048) // 128 * 128 for n in (131_072, 670_091, 1_305_265, 2_812_281)]:
-        with fresh():
-            x = torch.randn(N, D, device=b.device).bfloat16()
-            labels = torch.randint(0, L, (N, 5), device=b.device)
-            floor = max(2 * L * D / b.copy, 6 * N * L * D / b.flops)
-            row = {"part": "paper", "L": L, "dtype": "fp8"}
-            theirs = timed(b, its_step(x, labels, L), floor)
-        with fresh():
-            w = weight(L, D, FP8, b.device)
-            ours = {
-                name: timed(b, kernel_step(b, x, w, labels, fp8_features=fp8), floor)
-                for name, fp8 in (("elmo_compile", False), ("elmo_compile, fp8 features", True))
-            }
-        rows.append({**row, "contender": "the paper's kernels", **theirs})
-        for name, made in ours.items():
-            speed = theirs["ms"] / made["ms"]
-            rows.append({**row, "contender": name, **made, "times as fast": speed})
-    return rows
+    x = torch.randn(N, D, device=b.device).bfloat16()
+    w = weight(L, D, FP8, b.device)
+    labels = torch.randint(0, L, (N, 5), device=b.device)
+    row = {"part": "paper", "L": L, "dtype": "fp8"}
+    contenders = {
+        "elmo_compile": Contender(kernel_step(b, x, w, labels)),
+        "elmo_compile, fp8 features": Contender(
+            kernel_step(b, x, w, labels, fp8_features=True), products=2.5
+        ),
+    }
+    theirs = "the paper's kernels"
+    try:
+        contenders[theirs] = Contender(its_step(x, labels, L))
+    except Exception as error:  # ours are worth having
+        b.emit(**row, contender=theirs, failed=f"{type(error).__name__}: {str(error)[:90]}")
+    found = b.compare(row, contenders, moved=2 * L * D, product=2 * N * L * D)
+    for name in set(found) - {theirs}:
+        if theirs in found:
+            b.emit(**row, contender=name, **{"times as fast": found[theirs] / found[name]})

@@ -1,4 +1,7 @@
-"""What other libraries must be told of the backend's name.
+"""What torch and other libraries must be told of the backend's name.
+
+torch finds it by an entry point of the installed package; a checkout on `sys.path` has none, and
+registers the backend when it is imported (`torch._dynamo.register_backend`, tried on 2.11 to 2.15).
 
 accelerate, and through it `transformers.Trainer`, keeps a list of its own of the backends of
 torch.compile and refuses others: `torch_compile_backend="elmo"` needs a member there (tried on
@@ -12,6 +15,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
@@ -19,12 +23,22 @@ _MODULE = "accelerate.utils.dataclasses"
 
 
 def register() -> None:
-    """Make the name known to accelerate, now or once it is imported."""
+    """Make the name known to torch, and to accelerate, now or once it is imported."""
+    if not entry_points(group="torch_dynamo_backends", name="elmo"):
+        _register_with_torch()
     module = sys.modules.get(_MODULE)
     if module is not None:
         _add_backend(module)
     elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WhenImported())
+
+
+def _register_with_torch() -> None:
+    from torch._dynamo import register_backend
+
+    from elmo_compile.backend import elmo_backend
+
+    register_backend(elmo_backend, name="elmo")
 
 
 def _add_backend(module: ModuleType) -> None:
