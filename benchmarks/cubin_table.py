@@ -83,6 +83,7 @@ CASES = (
     *(Case(chip, "classes", "fp8", "fp8", "momentum") for chip in CHIPS),
     # Nothing a multiple of anything: masks everywhere; and a batch smaller than a tile.
     *(Case(chip, "pairs", "fp8", "bf16", "sgd", 37, 301) for chip in CHIPS),
+    Case(90, "pairs", "fp8", "bf16", "sgd", 128, 300),
 )
 
 

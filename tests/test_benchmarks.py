@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
     "parts",
     [
         ["bce", "ce", "labels", "tune"],
-        pytest.param(["step"], marks=pytest.mark.slow, id="step"),
+        ["step"],
     ],
 )
 def test_the_gpu_benchmark_runs_dry(parts, tmp_path):

@@ -178,9 +178,7 @@ def test_dense_targets_never_exist():
     assert 0 < mode.peak < rows * outputs * 4 / 2
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float8_e4m3fn, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
 def test_converted_head_has_no_wide_copy(dtype):
     """A float32 copy of the weight would be 17 MiB, and its gradient too.
 

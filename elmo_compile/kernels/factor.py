@@ -30,11 +30,12 @@ class GramFactor:
 
     def row_squares(self, g_CN: Tensor) -> Tensor:
         """float64 [C]: the sum of the squares of each row of `g x`. Products are not in TF32."""
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
+        settings = torch.backends.cuda.matmul
+        before = settings.fp32_precision
+        settings.fp32_precision = "ieee"
         try:
             large_C = torch.mm(g_CN.double(), self._large_NK).square().sum(1)
             rest_CK = torch.mm(g_CN.to(self._rest_NK.dtype), self._rest_NK)
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
+            settings.fp32_precision = before
         return large_C + rest_CK.square_().sum(1, dtype=torch.float64)

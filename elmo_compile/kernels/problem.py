@@ -14,6 +14,8 @@ an [N, L] tensor, nor (except as the returned gradient) an [L, D] one.
 `backward_update(p, stats_2N, scale_N, update, need_dx=, need_db=, need_value=) -> UpdateResult`
     The same dx and db from the weight as it was, then the weight and its state updated in place
     chunk by chunk with `update`; a chunk's weight is overwritten only after its last use.
+`head_chunks(p, stats_2N, scale_N) -> Iterator[Chunk]`
+    dw of one chunk after the other, for what needs several gradients of a weight side by side.
 
 Row losses are summed over outputs in float32 within a chunk and float64 across chunks.
 `stats_2N` is, for cross entropy, the row log-sum-exp as two float32 numbers whose sum it is
@@ -57,6 +59,10 @@ class HeadProblem:
     be one of fp8 with fp8; `compute_dtype` is bfloat16 and the weight float8_e4m3fn then."""
     wide_dw: bool = False
     """Whether the weight gradient is float32 whatever the weight is stored in."""
+
+
+Chunk = tuple[int, int, Tensor]
+"""(start, stop, dw of these outputs in float32, to be used before the next chunk is asked for)."""
 
 
 class Forward(NamedTuple):

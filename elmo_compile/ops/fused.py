@@ -30,6 +30,10 @@ from elmo_compile.ops.head_loss import fake_outputs
 from elmo_compile.ops.owners import Owner, new_serial, owner_by_key
 from elmo_compile.ops.second_pass import keep_head
 
+UNCAPTURED = (torch.Tag.cudagraph_unsafe,)
+"""Tags of ops with a fused update: a replayed CUDA graph would repeat the rate, the step and the
+random bits it was captured with, and count nothing. Inductor leaves them out of its graphs."""
+
 
 class Anchor(torch.autograd.Function):
     """An empty tensor that requires grad if the weight does; passes no gradient to it."""
@@ -48,15 +52,27 @@ ANCHOR_NODE = "AnchorBackward"
 
 
 def open_call(owner: Owner) -> tuple[Tensor, Tensor, Tensor]:
-    """(anchor, handle, sink) for one forward through a fused head, made outside the graph."""
+    """(anchor, handle, sink) for one forward through a fused head, made outside the graph.
+
+    Raises:
+        FusedUpdateError: a CUDA graph is being captured.
+    """
+    if owner.param.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise FusedUpdateError(
+            f"a CUDA graph is being captured, but its replays would update the head weight "
+            f"{owner.name} with the rate, the step and the random bits of the capture. Capture the "
+            'encoder alone (torch.compile(mode="reduce-overhead") does), or construct the '
+            "optimizer with fused=False"
+        )
     owner.in_use = True
     owner.accumulate_node = torch.autograd.graph.get_gradient_edge(owner.param).node
     # A checkpoint around the call runs it again in backward, as another call with another loss
     # tensor: the one the caller holds could not be filled in.
     at_once = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    handle = torch.tensor([owner.key, owner.updates, new_serial(), int(at_once)])
+    values = [owner.key, owner.updates, new_serial(), int(at_once)]
+    handle = torch.tensor(values, device="cpu")  # whatever torch.set_default_device says
     anchor: Tensor = Anchor.apply(owner.param)  # type: ignore[no-untyped-call]
-    return anchor, handle, torch.zeros((), dtype=torch.int64)
+    return anchor, handle, torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 def serial_if_deferred(handle: Tensor) -> int | None:
@@ -68,6 +84,7 @@ def serial_if_deferred(handle: Tensor) -> int | None:
 @torch.library.custom_op(
     "elmo::fused_head_loss",
     mutates_args=(),
+    tags=UNCAPTURED,
     schema="(Tensor x, Tensor? bias, Tensor target, Tensor? target_aux, Tensor anchor, "
     "Tensor handle, Tensor sink, str loss, float scale, SymInt divisor, int chunk, "
     "ScalarType compute, bool deferred, bool hold) -> (Tensor loss, Tensor stats)",
@@ -135,6 +152,7 @@ def _(
 @torch.library.custom_op(
     "elmo::fused_head_loss_backward",
     mutates_args=("sink",),
+    tags=UNCAPTURED,
     schema="(Tensor grad, Tensor x, Tensor? bias, Tensor target, Tensor? target_aux, "
     "Tensor stats, Tensor handle, Tensor(a!) sink, str loss, float scale, SymInt divisor, "
     "int chunk, ScalarType compute, bool deferred, bool hold, bool need_dx, bool need_db) "
@@ -275,7 +293,7 @@ def _guard(
             check_finite(owner, what, tensor, deferred=deferred)
         return {}
     guard = _wrong(problem, target, target_aux, scale_N).to(torch.int32)
-    owner.invalid = guard if owner.invalid is None else torch.maximum(owner.invalid, guard)
+    owner.invalid.add(guard)
     return {"guard": guard}
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elmo_compile.errors import FusedUpdateError
-from elmo_compile.ops.fused import check_finite, weight_is_wanted
+from elmo_compile.ops.fused import UNCAPTURED, check_finite, weight_is_wanted
 from elmo_compile.ops.head_program import (
     fake_results,
     find_program,
@@ -30,6 +30,7 @@ from elmo_compile.ops.second_pass import keep_program
 @torch.library.custom_op(
     "elmo::fused_head_program",
     mutates_args=(),
+    tags=UNCAPTURED,
     schema="(Tensor x, Tensor[] inputs, Tensor anchor, Tensor handle, Tensor sink, SymInt[] sizes, "
     "str program, int chunk, ScalarType compute) -> Tensor[]",
 )
@@ -64,6 +65,7 @@ def _(
 @torch.library.custom_op(
     "elmo::fused_head_program_backward",
     mutates_args=("sink",),
+    tags=UNCAPTURED,
     schema="(Tensor[] tangents, Tensor x, Tensor[] inputs, Tensor[] saved, Tensor handle, "
     "Tensor(a!) sink, SymInt[] sizes, str program, int chunk, ScalarType compute, bool need_dx) "
     "-> (Tensor dx, Tensor grads)",

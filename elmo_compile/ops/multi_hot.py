@@ -12,6 +12,7 @@ from torch import Tensor
 
 from elmo_compile.errors import InputError
 from elmo_compile.numerics.losses import BCE, LossSpec
+from elmo_compile.ops.call import assert_labels
 
 
 @torch.library.custom_op(
@@ -24,7 +25,10 @@ def _multi_hot(indices: Tensor, num_classes: int, offsets: Tensor | None) -> Ten
 
     spec = LossSpec(name=BCE, targets="padded" if offsets is None else "flat")
     num_rows = indices.shape[0] if offsets is None else offsets.shape[0] - 1
-    check_targets(spec, indices, offsets, num_rows, num_classes)
+    if indices.device.type == "cpu":
+        check_targets(spec, indices, offsets, num_rows, num_classes)
+    else:
+        assert_labels(spec, indices, offsets, num_rows, num_classes)
     rows_M, cols_M, _ = positives_of(spec, indices, offsets, num_rows, num_classes)
     # Padding and repeats carry the column `num_classes`: a scratch column that is cut off.
     y = torch.zeros(num_rows, num_classes + 1, device=indices.device)
@@ -53,8 +57,9 @@ def multi_hot(indices: Tensor, num_classes: int, *, offsets: Tensor | None = Non
         float32 [N, L]. A label given twice for a row counts once.
 
     Raises:
-        InputError: wrong dtype or shape, an id below -1 or not below `num_classes` (checked on the
-            CPU; on CUDA the ids are not checked here, because that would wait for the device).
+        InputError: wrong dtype or shape, an id below -1 or not below `num_classes` (on CUDA, where
+            the host would wait for the ids, a dense matrix of such ids ends in a device assertion,
+            and a head's update is not applied).
     """
     if indices.dtype not in (torch.int64, torch.int32):
         raise InputError(f"multi_hot: indices must be int64, got {indices.dtype}")

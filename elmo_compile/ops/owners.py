@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from elmo_compile.errors import FusedUpdateError, InputError
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.counters import Counters
+from elmo_compile.ops.device_flag import DeviceFlag
 from elmo_compile.ops.gather import gathered
 from elmo_compile.ops.kept import about_to_change
 from elmo_compile.ops.second_pass import (
@@ -83,8 +84,10 @@ class Owner:
         """A compiled graph fuses this weight's update."""
         self.replaced_by_unowned = False
         """Since its last update the head was called, gradients on, with a weight nobody owns."""
-        self.invalid: Tensor | None = None
-        """CUDA: int32 flag, non-zero once an input was invalid and the update was not applied."""
+        self.invalid = DeviceFlag()
+        """CUDA: an input was invalid and the update was not applied."""
+        self._kept_invalid = DeviceFlag()
+        """CUDA: what was kept is invalid."""
         self.accumulate_node: Any = None
         self.filling: int | None = None
         """The serial of the call whose backward is updating the weight now."""
@@ -209,27 +212,33 @@ class Owner:
     def check_invalid(self) -> None:
         """Raise InputError if, on CUDA, an invalid input kept an update from being applied.
 
-        Waits for the device to have finished the head's backward.
+        Waits until the device has looked at the head's inputs, not for what follows them.
         """
-        if self.invalid is not None:
-            flag, self.invalid = self.invalid, None
-            if int(flag):
-                raise InputError(
-                    f"the features, targets or upstream gradient of the head {self.name} were "
-                    "invalid (NaN, infinity or a label out of range); its update was not applied"
-                )
+        wrong = self.invalid.is_set()
+        self.invalid.clear()
+        if wrong:
+            raise InputError(
+                f"the features, targets or upstream gradient of the head {self.name} were "
+                "invalid (NaN, infinity or a label out of range); its update was not applied"
+            )
 
     def keep(self, kept: Kept) -> None:
         """Leave a backward's gradient for `opt.step()`."""
         if self.kept:
             self._check_unchanged()
-        self.kept.append(kept)
+        self._add_kept(kept)
         self._kept_of = self.param._version, self.param.dtype
         self.replaced_by_unowned = False
+
+    def _add_kept(self, kept: Kept) -> None:
+        self.kept.append(kept)
+        if self.param.is_cuda:
+            self._kept_invalid.add(kept.wrong.to(torch.int32))
 
     def forget_kept(self) -> None:
         """Drop what backwards kept: the gradient is zeroed."""
         self.kept = []
+        self._kept_invalid.clear()
 
     def settle(self) -> None:
         """Before a step: what was kept as one gradient, of all processes and uses of the weight.
@@ -240,7 +249,7 @@ class Owner:
             return
         self._check_unchanged()
         if self.param.grad is not None:
-            self.kept.append(keep_dense(self.param.grad))
+            self._add_kept(keep_dense(self.param.grad))
         if self.reduce_over is not None:
             self.kept = gathered(self.kept, self.reduce_over)
         self.kept = merged(self.kept)
@@ -257,6 +266,12 @@ class Owner:
         """Whether anything kept is invalid or not finite, as a bool scalar on its device."""
         return torch.stack([one.wrong for one in self.kept]).any()
 
+    def kept_is_wrong(self) -> bool:
+        """`wrong` for the host, which waits for the backwards only. `settle` comes first."""
+        if self.param.is_cuda and self.reduce_over is None:
+            return self._kept_invalid.is_set()
+        return bool(self.wrong())
+
     def squared_norm(self) -> Tensor:
         """The squared norm of the kept gradient, float64. `settle` comes first."""
         return squared_norm(self.kept, self.param.detach())
@@ -265,16 +280,13 @@ class Owner:
         """Update the weight from what was kept, its gradient times `factor`."""
         if not self.kept:
             return
-        update, guard = self.next_update(), None
-        if self.param.device.type != "cpu":
-            guard = self.wrong().to(torch.int32)
-            self.invalid = guard if self.invalid is None else torch.maximum(self.invalid, guard)
+        update = self.next_update()
         for one in self.kept:
             if factor is not None:
-                one.times_(factor)
+                one.times_(factor.to(self.param.device))
         with self.applying():
-            apply(self.kept, self.param.detach(), update, guard=guard)
-        self.kept = []
+            apply(self.kept, self.param.detach(), update)
+        self.forget_kept()
 
     def close_step(self) -> None:
         """`opt.step()` is over: the next backward may come."""

@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elmo_compile.kernels.problem import HeadProblem
+from elmo_compile.kernels.problem import Chunk, HeadProblem
 from elmo_compile.numerics.losses import BCE, LossSpec, Positives
 from elmo_compile.numerics.update import Update
-
-Chunk = tuple[int, int, Tensor]
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -44,18 +42,14 @@ class KeptHead:
             self.norm2 = self.norm2 * (factor * factor)
 
     def chunks(self, w_LD: Tensor, chunk: int) -> Iterator[Chunk]:
-        """(start, stop, dw in float32) chunk by chunk; on CUDA out of a whole one."""
+        """(start, stop, dw in float32) chunk by chunk."""
         from elmo_compile import kernels
 
         p = dataclasses.replace(self.problem, w_LD=w_LD, chunk=chunk, wide_dw=True)
-        if w_LD.device.type == "cpu":
-            from elmo_compile.kernels.aten import head_chunks
-
-            return head_chunks(p, self.stats_2N, self.scale_N)
-        made = kernels.select(w_LD.device).backward(
-            p, self.stats_2N, self.scale_N, need_dx=False, need_db=False
+        found: Iterator[Chunk] = kernels.select(w_LD.device).head_chunks(
+            p, self.stats_2N, self.scale_N
         )
-        return slices(made.dw_LD, chunk)
+        return found
 
     def merged_key(self) -> Any:
         """Backwards with the same key can be merged."""
@@ -185,12 +179,13 @@ def current_task() -> int:
 
 
 def _copied_target(p: HeadProblem) -> tuple[Tensor | Positives, LossSpec]:
-    """The targets as they are now: dense ones as pairs where that is smaller."""
+    """The targets as they are now; on a CPU (elsewhere the host would wait for their number) dense
+    ones as pairs where that is smaller."""
     target, loss = p.target, p.loss
     if isinstance(target, Positives):
         values_M = None if target.values_M is None else target.values_M.clone()
         return Positives(target.rows_M.clone(), target.cols_M.clone(), values_M), loss
-    if loss.targets == "dense" and loss.name == BCE:
+    if loss.targets == "dense" and loss.name == BCE and target.device.type == "cpu":
         cols_M, rows_M = target.t().nonzero(as_tuple=True)
         if 20 * rows_M.numel() < target.numel() * target.element_size():
             pairs = dataclasses.replace(loss, targets="pairs")
@@ -282,8 +277,9 @@ def summed_chunks(kept: Sequence[Kept], w_LD: Tensor) -> Iterator[Chunk]:
 
 
 def common_chunk(kept: Sequence[Kept], w_LD: Tensor) -> int:
-    """Outputs per chunk for several backwards together: at most 16 MiB of dw."""
-    sizes = [w_LD.shape[0], (1 << 22) // max(1, w_LD.shape[1])]
+    """Outputs per chunk for several backwards together: at most 16 MiB of dw, 64 on a GPU."""
+    most = 1 << 22 if w_LD.device.type == "cpu" else 1 << 24
+    sizes = [w_LD.shape[0], most // max(1, w_LD.shape[1])]
     for one in kept:
         if not isinstance(one, KeptDense):
             sizes.append(one.problem.chunk if isinstance(one, KeptHead) else one.chunk)
@@ -295,13 +291,11 @@ def apply(
     w_LD: Tensor,
     update: Update,
     reduce: Callable[[Tensor], Tensor] | None = None,
-    guard: Tensor | None = None,
 ) -> None:
     """Update a weight in place from the sum of kept gradients.
 
     Args:
         reduce: what sums a chunk of dw over processes, where rows could not be gathered.
-        guard: CUDA: int32, not zero leaves the weight as it is.
     """
     from elmo_compile import kernels
 
@@ -312,7 +306,6 @@ def apply(
         update_from_chunks(w_LD, summed_chunks(kept, w_LD), update, reduce)
         return
     p = dataclasses.replace(one.problem, w_LD=w_LD)
-    arguments: dict[str, Any] = {} if guard is None else {"guard": guard}
     kernels.select(w_LD.device).backward_update(
-        p, one.stats_2N, one.scale_N, update, need_dx=False, need_db=False, **arguments
+        p, one.stats_2N, one.scale_N, update, need_dx=False, need_db=False
     )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from elmo_compile.errors import FusedUpdateError, OptionError
+from elmo_compile.errors import FusedUpdateError, InputError, OptionError
 from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.philox import ROUNDING_VERSION
 from elmo_compile.numerics.update import Update
@@ -113,15 +113,21 @@ class HeadOptimizer(torch.optim.Optimizer):
             FusedUpdateError: a fused head also received a dense gradient; another optimizer took a
                 weight over; a weight is inconsistent or was replaced by one nobody owns; a closure
                 was given and a head is fused. Nothing is modified.
-            InputError: a head's input was invalid (on CUDA with update_at="backward": its update
-                was not applied).
+            InputError: a head's input was invalid; no update of that head was applied, and nothing
+                else is updated. Clear the gradients and go on.
         """
         loss = self._evaluate(closure) if closure is not None else None
-        for owner in self._owners:
-            owner.check_step()
         with torch.no_grad():
-            gradients = whole.Gradients(self._members(), self._owners)
-            if gradients.must_skip():
+            try:
+                for owner in self._owners:
+                    owner.check_step()
+                gradients = whole.Gradients(self._members(), self._owners)
+                skips = gradients.must_skip()
+            except InputError:
+                for owner in self._owners:
+                    owner.pending = False  # the next backward may come
+                raise
+            if skips:
                 self.skipped_steps += 1
             else:
                 self._apply(gradients.clip_factors())
@@ -214,7 +220,8 @@ class HeadOptimizer(torch.optim.Optimizer):
         for index, param in zip(saved, params):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
-                    moved = value.detach().to(param.device)
+                    home = torch.device("cpu") if name == "step" else param.device
+                    moved = value.detach().to(home)
                     self.state[param][name] = moved.clone() if moved is value else moved
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -311,7 +318,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         held = self.state[param]
         # A tensor, since distributed checkpoints restore nothing else; a new one, since a state
         # dict that was taken holds the old.
-        held["step"] = torch.tensor(int(held.get("step", 0)) + 1)
+        held["step"] = torch.tensor(int(held.get("step", 0)) + 1, device="cpu")
 
     def _warn_if_nothing_fused(self) -> None:
         first, self._stepped = not self._stepped, True

@@ -36,21 +36,18 @@ class Gradients:
         """Whether this step changes nothing, as a gradient with nonfinite="skip" is not finite.
 
         Raises:
-            InputError: on a CPU, a head kept something that is not finite or invalid, and its
-                group has nonfinite="error".
+            InputError: a head kept something that is not finite or invalid, and its group has
+                nonfinite="error".
         """
         skips = False
         for group, owner in self.kept:
-            skipping = group["nonfinite"] == "skip"
-            if skipping or owner.param.device.type == "cpu":
-                if not bool(owner.wrong()):
-                    continue
-                if not skipping:
+            if owner.kept_is_wrong():
+                if group["nonfinite"] != "skip":
                     raise InputError(
-                        f"the features or the upstream gradient of the head {owner.name} hold NaN "
-                        "or infinity; nothing was updated, since a NaN stored in the weight would "
-                        "be permanent. Check the loss scale, the learning rate and the encoder, "
-                        "or pass nonfinite='skip'"
+                        f"the features, targets or upstream gradient of the head {owner.name} are "
+                        "invalid (NaN, infinity or a label out of range); nothing was updated, "
+                        "since a NaN stored in the weight would be permanent. Check the loss "
+                        "scale, the learning rate and the encoder, or pass nonfinite='skip'"
                     )
                 skips = True
         for group, grad in self.dense:

@@ -28,7 +28,7 @@ from elmo_compile.kernels.aten.row_blocks import fits_row_blocks, row_blocks
 from elmo_compile.kernels.aten.row_losses import BinaryRows, SoftmaxRows, TargetScores
 from elmo_compile.kernels.aten.topk import TopRows
 from elmo_compile.kernels.aten.topk import topk as _topk
-from elmo_compile.kernels.problem import Forward, Gradients, HeadProblem, UpdateResult
+from elmo_compile.kernels.problem import Chunk, Forward, Gradients, HeadProblem, UpdateResult
 from elmo_compile.numerics.losses import CE
 from elmo_compile.numerics.update import Update
 
@@ -222,9 +222,6 @@ class _Walk:
         if self._scores is not None:
             return self._scores.losses(self._stats_2N.double().sum(0))
         return None if self._values is None else self._values.result().rows_N
-
-
-Chunk = tuple[int, int, Tensor]
 
 
 def head_chunks(p: HeadProblem, stats_2N: Tensor, scale_N: Tensor) -> Iterator[Chunk]:

@@ -7,8 +7,9 @@ from elmo_compile.kernels.triton.head import (
     backward,
     backward_update,
     forward,
+    head_chunks,
     loss_and_gradients,
 )
 from elmo_compile.kernels.triton.topk import topk
 
-__all__ = ["backward", "backward_update", "forward", "loss_and_gradients", "topk"]
+__all__ = ["backward", "backward_update", "forward", "head_chunks", "loss_and_gradients", "topk"]

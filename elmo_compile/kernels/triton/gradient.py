@@ -98,6 +98,7 @@ def _gradient_kernel(
         mass = tl.load(mass_ptr + n0 + rows, mask=row_real, other=0.0)[:, None]
         y = dense_tile(target_ptr, target_n, target_l, n0, l0, N, L, BLOCK_L, BLOCK_N)
         g = (mass - y) * exp(t) + y * expm1_nonpositive(t)
+        g = tl.where(row_real[:, None], g, 0.0)  # past N, exp(t) of a large logit is infinite
         value = tile_sum(tl.where(output_real[None, :], -y * t, 0.0), 1)
     else:
         g, value = bce_tile(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from elmo_compile.kernels.problem import Forward, Gradients, HeadProblem, UpdateResult
+from elmo_compile.kernels.problem import Chunk, Forward, Gradients, HeadProblem, UpdateResult
 from elmo_compile.kernels.triton.features import FeatureGradient, SplitSums
 from elmo_compile.kernels.triton.gradient import Gradient
 from elmo_compile.kernels.triton.launch import Call, prepare
@@ -130,6 +130,18 @@ def backward_update(
         return UpdateResult(walk.dx_ND(), walk.db_L, walk.rows_N())
 
 
+@torch.no_grad()
+def head_chunks(p: HeadProblem, stats_2N: Tensor, scale_N: Tensor) -> Iterator[Chunk]:
+    """dw in float32, a chunk of `p.chunk` outputs at a time."""
+    with torch.cuda.device_of(p.x_ND):
+        c = prepare(p)
+        dw_CD = c.x_ND.new_empty((c.chunk, c.shape[1]), dtype=torch.float32)
+        walk = _Walk(c, stats_2N, scale_N, need_dx=False, need_db=False, need_value=False)
+        for start, stop, g_NL in walk:
+            walk.product.store(g_NL, dw_CD[: stop - start])
+            yield start, stop, dw_CD[: stop - start]
+
+
 class _Walk:
     """One pass over a head's chunks: yields each one's gradient of the logits, and forms beside it
     dx, db and the row losses, where they are wanted."""
@@ -150,7 +162,9 @@ class _Walk:
         self._features = FeatureGradient(c) if need_dx and sums is None else None
         self._sums = sums if self._features is None else self._features.sums
         self.product = WeightGradient(c, self._scale_N)
-        self.db_L = c.x_ND.new_empty((c.shape[2],), dtype=torch.float32) if need_db else None
+        self.db_L = None
+        if need_db:  # zeros: no program runs for a batch of no rows
+            self.db_L = c.x_ND.new_zeros((c.shape[2],), dtype=torch.float32)
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, g [N, chunk]) of each chunk; its weights may be overwritten meanwhile."""

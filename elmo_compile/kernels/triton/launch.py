@@ -19,7 +19,8 @@ from elmo_compile.numerics.losses import Positives
 
 _COMPUTE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
-_FP16_GRADIENT_SCALE = 4096.0
+_FP16_GRADIENT_SCALE, _FP16_COUNTED_SCALE = 4096.0, 64.0
+"""Gradients of classes and marks are at most 1, of counted or dense targets as large as these."""
 _MAX_CHUNK = 1 << 23
 """Outputs at once: a tile of rows of the gradient buffer stays within 32-bit offsets."""
 
@@ -53,7 +54,7 @@ class Call:
     def constants(self) -> dict:
         """Compile-time arguments of every product."""
         exact = self.problem.compute_dtype == torch.float32
-        tf32 = exact and torch.backends.cuda.matmul.allow_tf32
+        tf32 = exact and torch.backends.cuda.matmul.fp32_precision == "tf32"
         return {
             "COMPUTE": _COMPUTE[self.problem.compute_dtype],
             "PRECISION": "tf32" if tf32 or not exact else "ieee",
@@ -107,8 +108,15 @@ def prepare(p: HeadProblem) -> Call:
         chunk=max(1, min(p.chunk, p.w_LD.shape[0], _MAX_CHUNK)),
         tiles=configs.tiles_for(chip, p.compute_dtype),
         processors=processors,
-        gradient_scale=_FP16_GRADIENT_SCALE if p.compute_dtype == torch.float16 else 1.0,
+        gradient_scale=_gradient_scale(p),
     )
+
+
+def _gradient_scale(p: HeadProblem) -> float:
+    if p.compute_dtype != torch.float16:
+        return 1.0
+    marks = isinstance(p.target, Positives) and p.target.values_M is None
+    return _FP16_GRADIENT_SCALE if marks or p.loss.targets == "classes" else _FP16_COUNTED_SCALE
 
 
 def _as_float(b_L: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ the same random bits as a head's update (`rules.py`).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -46,14 +47,19 @@ _TYPES = {
     torch.float8_e5m2: tl.uint8,
 }
 _BLOCK = 1024
+_KEPT_BLOCKS = 1 << 20
+"""8 MiB of a table."""
 _FIELDS = 14
 _RATES = 8
 
 
 @triton.jit
-def _at(table_ptr, FIELD: tl.constexpr, TYPE: tl.constexpr):
-    """The pointer in a field of a tensor's row of the table."""
-    return tl.load(table_ptr + FIELD).to(tl.pointer_type(TYPE))
+def _at(table_ptr, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer in a field of a tensor's row of the table. ALIGNED: to 16 bytes."""
+    pointer = tl.load(table_ptr + FIELD).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
@@ -80,17 +86,25 @@ def _parameters_kernel(
     E5M2: tl.constexpr,
     LARGEST: tl.constexpr,
     HALF: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     FIELDS: tl.constexpr,
     RATES: tl.constexpr,
 ):
-    """One update of BLOCK elements of one tensor. None as a type: there is no such tensor."""
+    """One update of BLOCK elements of one tensor. None as a type: there is no such tensor.
+
+    ALIGNED: addresses and sizes are multiples of 16, which the compiler cannot see in numbers from
+    memory, and without which its loads would take an element at a time.
+    """
     tensor = tl.load(blocks_ptr + 2 * tl.program_id(0)).to(tl.int64)
     table = table_ptr + tensor * FIELDS
     rates = rates_ptr + tensor * RATES
     offsets = tl.load(blocks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
     offsets = offsets + tl.arange(0, BLOCK)
-    mask = offsets < tl.load(table + 6)
+    size = tl.load(table + 6)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
+    mask = offsets < size
     width = tl.load(table + 7)
     row = offsets // width
     column = (offsets - row * width).to(tl.int32)
@@ -100,9 +114,9 @@ def _parameters_kernel(
     word3 = tl.load(table + 11).to(tl.int32)
     rows = row + tl.load(table + 12)
     eps = tl.load(rates + 6)
-    w_ptr = _at(table, 0, W)
+    w_ptr = _at(table, 0, W, ALIGNED)
     w = widen(tl.load(w_ptr + offsets, mask=mask, other=0))
-    grad = widen(tl.load(_at(table, 1, G) + offsets, mask=mask, other=0))
+    grad = widen(tl.load(_at(table, 1, G, ALIGNED) + offsets, mask=mask, other=0))
     factor = tl.load(table + 13)
     if factor != 0:
         grad = grad * tl.load(factor.to(tl.pointer_type(tl.float32)))
@@ -110,11 +124,11 @@ def _parameters_kernel(
     v = w
     a = w
     if FIRST is not None:
-        m = widen(tl.load(_at(table, 2, FIRST) + offsets, mask=mask, other=0))
+        m = widen(tl.load(_at(table, 2, FIRST, ALIGNED) + offsets, mask=mask, other=0))
     if SECOND is not None:
-        v = widen(tl.load(_at(table, 3, SECOND) + offsets, mask=mask, other=0))
+        v = widen(tl.load(_at(table, 3, SECOND, ALIGNED) + offsets, mask=mask, other=0))
     if SUM:
-        a = tl.load(_at(table, 4, tl.float32) + row, mask=mask, other=1.0)
+        a = tl.load(_at(table, 4, tl.float32, False) + row, mask=mask, other=1.0)
     u, m, v = direction(
         w, grad, m, v, a, tl.load(rates), tl.load(rates + 1), tl.load(rates + 2),
         tl.load(rates + 3), tl.load(rates + 4), tl.load(rates + 5), eps,
@@ -124,7 +138,7 @@ def _parameters_kernel(
     if C is None:
         new = rounded(w + u, words, W, STOCHASTIC)
     else:
-        c_ptr = _at(table, 5, C)
+        c_ptr = _at(table, 5, C, ALIGNED)
         s = u + loaded_compensation(tl.load(c_ptr + offsets, mask=mask, other=0), E5M2)
         new = rounded(w + s, words, W, False)
         c = compensate(w, s, widen(new), LARGEST, HALF)
@@ -135,10 +149,10 @@ def _parameters_kernel(
         if ECO:
             m = with_error(m, v, tl.load(rates + 7), (w + u) - widen(new), eps, RULE)
         words = _words(rows, column, seed, param, word2, word3 + (1 << 24))
-        tl.store(_at(table, 2, FIRST) + offsets, stored_state(m, words, FIRST), mask)
+        tl.store(_at(table, 2, FIRST, ALIGNED) + offsets, stored_state(m, words, FIRST), mask)
     if SECOND is not None:
         words = _words(rows, column, seed, param, word2, word3 + (2 << 24))
-        tl.store(_at(table, 3, SECOND) + offsets, stored_state(v, words, SECOND), mask)
+        tl.store(_at(table, 3, SECOND, ALIGNED) + offsets, stored_state(v, words, SECOND), mask)
 
 
 assert (WEIGHT, *STATE_STREAMS, COMPENSATION) == (0, 1, 2, 3), "streams are in the kernel's words"
@@ -171,6 +185,8 @@ def _kind(w: Tensor, grad: Tensor, update: Update) -> Any:
         return None
     if any(t.dtype not in _TYPES or not t.is_contiguous() for t in tensors):
         return None
+    if any(t.dtype == torch.float8_e5m2 for t in (w, grad, *state)):
+        return None  # bytes are E4M3's, but of a compensation
     types = [_TYPES[s.dtype] for s in state] + [None, None]
     fmt = format_of(w.dtype) if is_narrow(w.dtype) else None
     return (
@@ -187,13 +203,14 @@ def _kind(w: Tensor, grad: Tensor, update: Update) -> Any:
         ("E5M2", c is not None and c.dtype == torch.float8_e5m2),
         ("LARGEST", fmt.max if fmt else math.inf),
         ("HALF", half_step_at_largest(fmt) if fmt else math.inf),
+        ("ALIGNED", w.numel() % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)),
     )
 
 
 def _launch(kind: dict[str, Any], items: Sequence[Item]) -> None:
     device = items[0][0].device
-    table, rates, blocks, held = [], [], [], []
-    for number, (w, grad, update, factor) in enumerate(items):
+    table, rates, held = [], [], []
+    for w, grad, update, factor in items:
         if update.row_wise:
             sums = accumulate_rows(update.row_sums, grad, 1.0 if factor is None else factor)
             update.row_sums.copy_(sums)
@@ -203,19 +220,18 @@ def _launch(kind: dict[str, Any], items: Sequence[Item]) -> None:
         c = 0 if update.compensation is None else update.compensation.data_ptr()
         table += [w.data_ptr(), grad.data_ptr(), *moments[:2], sums, c, w.numel(), w.shape[1]]
         table += [as_signed(word) for word in words]
-        table += [update.row_offset, _address(factor, held)]
+        table += [update.row_offset, _address(factor, device, held)]
         r = update.rates
         rates += [
             r.lr, r.weight_decay, r.beta1, r.beta2, 1.0 - r.beta1, 1.0 - r.beta2, r.eps, r.error,
         ]  # fmt: skip
-        count = -(-w.numel() // _BLOCK)
-        blocks.append(torch.stack((torch.full((count,), number), torch.arange(count)), 1))
-    each = torch.cat(blocks).to(torch.int32)
+    counts = tuple(-(-item[0].numel() // _BLOCK) for item in items)
+    each = (_blocks if sum(counts) <= _KEPT_BLOCKS else _blocks.__wrapped__)(counts, device)
     with torch.cuda.device_of(items[0][0]):
         _parameters_kernel[(each.shape[0],)](
             torch.tensor(table).to(device, non_blocking=True),
             torch.tensor(rates, dtype=torch.float32).to(device, non_blocking=True),
-            each.to(device, non_blocking=True),
+            each,
             BLOCK=_BLOCK,
             FIELDS=_FIELDS,
             RATES=_RATES,
@@ -223,9 +239,23 @@ def _launch(kind: dict[str, Any], items: Sequence[Item]) -> None:
         )
 
 
-def _address(factor: Tensor | None, held: list[Tensor]) -> int:
-    """Of a float32 factor, which `held` keeps alive; 0 for none."""
+@functools.lru_cache(maxsize=64)
+def _blocks(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 [programs, 2]: the tensor and the block in it of each program.
+
+    Kept from step to step: it is the one table that is large, and a copy from pageable memory
+    would wait for everything queued on the device.
+    """
+    blocks = [
+        torch.stack((torch.full((count,), number), torch.arange(count)), 1)
+        for number, count in enumerate(counts)
+    ]
+    return torch.cat(blocks).to(device, torch.int32)
+
+
+def _address(factor: Tensor | None, device: torch.device, held: list[Tensor]) -> int:
+    """Of a float32 factor on the device, which `held` keeps alive; 0 for none."""
     if factor is None:
         return 0
-    held.append(factor.to(torch.float32))
+    held.append(factor.to(device, torch.float32))
     return held[-1].data_ptr()

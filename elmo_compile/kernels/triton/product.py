@@ -7,7 +7,7 @@ Row and column numbers within a tile are 32-bit; a tile's first row enters the 6
 import triton
 import triton.language as tl
 
-from elmo_compile.kernels.triton.storage import operand, widen
+from elmo_compile.kernels.triton.storage import INTERPRETED, operand, widen
 
 
 @triton.jit
@@ -16,12 +16,12 @@ def _load(ptr, offsets, side_real, inner_real, SIDE_AXIS: tl.constexpr, EVEN_K: 
     if side_real is None and EVEN_K:
         return tl.load(ptr + offsets)
     elif side_real is None:
-        return tl.load(ptr + offsets, mask=tl.expand_dims(inner_real, 1 - SIDE_AXIS), other=0)
+        return tl.load(ptr + offsets, mask=tl.expand_dims(inner_real, 1 - SIDE_AXIS), other=0.0)
     elif EVEN_K:
-        return tl.load(ptr + offsets, mask=tl.expand_dims(side_real, SIDE_AXIS), other=0)
+        return tl.load(ptr + offsets, mask=tl.expand_dims(side_real, SIDE_AXIS), other=0.0)
     else:
         real = tl.expand_dims(side_real, SIDE_AXIS) & tl.expand_dims(inner_real, 1 - SIDE_AXIS)
-        return tl.load(ptr + offsets, mask=real, other=0)
+        return tl.load(ptr + offsets, mask=real, other=0.0)
 
 
 @triton.jit
@@ -94,6 +94,11 @@ def logits_tile(
     """
     outputs = tl.minimum(tl.arange(0, BLOCK_L), L - 1 - l0)
     rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - n0)
+    if x_scale_ptr is not None and not INTERPRETED:
+        # As pointers to E4M3, not bytes cast after the load: the product then reads both operands
+        # from shared memory as they came in.
+        x_ptr = x_ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+        w_ptr = w_ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
     z = product(
         x_ptr + n0.to(tl.int64) * D,
         D,

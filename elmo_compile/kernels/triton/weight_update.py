@@ -25,10 +25,12 @@ PROGRAMS_EACH = 2
 def shared_sums(c: Call, update: Update) -> SplitSums | None:
     """Sums of dx for a pass that dx and the update share; None where they do not.
 
-    One tile must hold all rows of the batch.
+    One tile must hold all rows of the batch. Where rows of the weight do not begin at multiples of
+    16 elements, loads take single elements, and the tile of a large batch would not fit registers.
     """
     tile = _shared_tile(c, update)
-    if tile is None or c.shape[0] > tile.rows:
+    N, D, _ = c.shape
+    if tile is None or tile.rows < N or (D % 16 and N > 64):
         return None
     return SplitSums(c, tile, PROGRAMS_EACH * c.processors)
 

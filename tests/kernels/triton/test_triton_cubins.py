@@ -46,7 +46,8 @@ def compiled(case: Case) -> list[dict[str, Any]]:
 
 
 def check(case: Case, kernels: list[dict[str, Any]]) -> None:
-    shares = case.chip in SHARING and case.compute != "fp32" and case.rows <= 128
+    fits = case.rows <= (64 if case.features % 16 else 128)
+    shares = case.chip in SHARING and case.compute != "fp32" and fits
     not_there = {
         "ce_rows_kernel" if case.targets != "classes" else "bce_rows_kernel",
         "update_kernel" if shares else "features_update_kernel",

@@ -30,10 +30,19 @@ def items_of(name: str, dtype: torch.dtype, shapes: list[tuple[int, int]]) -> li
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8, torch.float32], ids=str)
 @pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize(
+    "shapes",
+    [[(5, 7), (1, 1030), (70, 31), (3, 1)], [(8, 6), (1, 2048), (70, 48)]],
+    ids=["odd", "aligned"],
+)
 def test_one_launch_gives_the_bits_of_each(
-    name: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+    shapes: list[tuple[int, int]],
+    name: str,
+    dtype: torch.dtype,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    items = items_of(name, dtype, [(5, 7), (1, 1030), (70, 31), (3, 1)])
+    items = items_of(name, dtype, shapes)
     launches = []
     launch = parameters._launch
     monkeypatch.setattr(parameters, "_launch", lambda *a: (launches.append(a), launch(*a)))
@@ -64,7 +73,7 @@ def test_unlike_parameters_take_a_launch_each_and_the_rest_is_left(
     launches = []
     monkeypatch.setattr(parameters, "_launch", lambda *a: launches.append(a))
     items = [
-        *items_of("sgd", torch.bfloat16, [(5, 7), (8, 8)]),
+        *items_of("sgd", torch.bfloat16, [(5, 7), (8, 8), (3, 9), (16, 9)]),
         *items_of("sgd", torch.float32, [(5, 7)]),
         *items_of("adamw", torch.bfloat16, [(5, 7)]),
         *items_of("kahan rows", torch.bfloat16, [(50, 7)]),
@@ -73,7 +82,7 @@ def test_unlike_parameters_take_a_launch_each_and_the_rest_is_left(
     rest = parameters.update_parameters(
         [(w.to(device), g.to(device), u, None) for w, g, u in items]
     )
-    assert len(launches) == 3
+    assert [len(items) for _, items in launches] == [2, 2, 1, 1]  # wide loads, single elements
     assert [u.kahan_rows is not None or w.dtype == torch.float64 for w, _, u, _ in rest] == [
         True
     ] * 2

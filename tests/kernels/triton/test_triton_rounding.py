@@ -159,4 +159,6 @@ def test_series_are_accurate_to_a_few_ulps(
     out = torch.empty_like(v)
     _maths_kernel[(1,)](v, out, BLOCK=BLOCK, WHICH=which)
     expected = torch.log1p(v.double()) if which == "log1p" else torch.expm1(v.double())
-    torch.testing.assert_close(out.double(), expected, rtol=4e-7, atol=0)
+    # A GPU's exp2 is good to two ulps, and near -0.5 the 1 that is taken off doubles that.
+    rtol = 4e-7 if device == "cpu" else 6e-7
+    torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=0)

@@ -12,6 +12,7 @@ from elmo_compile.kernels import reference as family_reference
 from elmo_compile.kernels import triton as family
 from elmo_compile.kernels.triton import weight_update
 from elmo_compile.kernels.triton.configs import CHIPS, assume_chip, override_tiles
+from elmo_compile.kernels.triton.storage import INTERPRETED
 from elmo_compile.numerics.update import Update
 from kernels.triton.cases import (
     PRECISIONS,
@@ -29,6 +30,7 @@ PLAIN = Update(lr=205 / 2**14, seed=3, param_id=2**32 - 1, step=5)
 """A rate of few bits, so that its products are exact, and off the grids of bf16 and fp8."""
 
 
+IN_THE_INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 QUICK = {"fp8": set(UPDATES), "bf16": {"sgd", "nesterov, bf16", "kahan, adamw"}, "fp32": {"adamw"}}
 """Of these every combination is run by default: bits of fp8 are the hardest."""
 
@@ -85,6 +87,7 @@ def test_a_pass_without_dx_in_it_gives_the_same_bits(name: str, device: str) -> 
         assert torch.equal(bits(apart[key]), bits(value)), key
 
 
+@IN_THE_INTERPRETER
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_tiles_of_a_chip(chip: int) -> None:
     """The interpreter has small tiles of its own; these are the ones that chips will run."""
@@ -99,6 +102,7 @@ def test_the_tiles_of_a_chip(chip: int) -> None:
             assert torch.equal(bits(got["weight"]), bits(expected["weight"]))
 
 
+@IN_THE_INTERPRETER
 def test_the_shared_pass_is_taken_where_a_tile_holds_the_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,0 +1,19 @@
+"""What every test directory has in common."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out `slow` tests (interpreter, compiler) unless `-m` names them or a GPU runs them."""
+    if "slow" in (config.option.markexpr or ""):
+        return
+    slow = [
+        item
+        for item in items
+        if item.get_closest_marker("slow") and not item.get_closest_marker("gpu")
+    ]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]

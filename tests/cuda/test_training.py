@@ -1,0 +1,383 @@
+"""Whole training steps on a CUDA device (backend, ops, kernels, optimizer) are those of a CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import elmo_compile as elmo
+from elmo_compile.errors import FusedUpdateError, InputError
+
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+L, D, N = 520, 32, 10
+Step = Callable[..., Any]
+
+
+def focal(z: Tensor, y: Tensor) -> Tensor:
+    """A loss without kernels of its own."""
+    p = torch.sigmoid(z)
+    return -(y * (1 - p) ** 2 * F.logsigmoid(z) + (1 - y) * p**2 * F.logsigmoid(-z)).sum() / len(z)
+
+
+class Net(nn.Module):
+    """encoder -> head -> loss."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.encoder = nn.Linear(24, D)
+        self.head = nn.Linear(D, L)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        z = self.head(torch.tanh(self.encoder(x)))
+        if self.kind == "ce":
+            return F.cross_entropy(z, labels[:, 0])
+        if self.kind == "ce, smoothed":
+            return F.cross_entropy(z, labels[:, 0], label_smoothing=0.1)
+        if self.kind == "bce, dense":
+            y = (torch.arange(L, device=z.device) % 7 == labels[:, :1] % 7).float()
+            return F.binary_cross_entropy_with_logits(z, y, reduction="sum") / len(z)
+        y = elmo.multi_hot(labels, L)
+        if self.kind == "focal":
+            return focal(z, y)
+        return F.binary_cross_entropy_with_logits(z, y, reduction="sum") / len(z)
+
+
+KINDS = ["bce", "bce, dense", "ce", "ce, smoothed", "focal"]
+WITH_KERNELS = ["bce", "bce, dense", "ce"]
+
+
+def net(kind: str) -> Net:
+    """A Net with weights that depend on nothing, on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Net(kind)
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    """(inputs [N, 24], labels [N, 3]) on the CPU."""
+    make = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, L, (N, 3), generator=make)
+    return torch.randn(N, 24, generator=make), labels
+
+
+def on_device(seed: int) -> tuple[Tensor, Tensor]:
+    """`batch` on the device."""
+    x, labels = batch(seed)
+    return x.to("cuda"), labels.to("cuda")
+
+
+def compiled(model: nn.Module, options: dict[str, Any], **more: Any) -> Any:
+    """The model under the backend, nothing left over from other tests."""
+    torch._dynamo.reset()
+    return torch.compile(model, backend="elmo", options={**options, **more})
+
+
+def eager_run(kind: str, optimizer: Step, steps: int = 2) -> tuple[Net, list[float]]:
+    """A model after some steps of torch alone, on the CPU, and its losses."""
+    model, losses = net(kind), []
+    opt = optimizer(model.parameters())
+    for seed in range(steps):
+        loss = model(*batch(seed))
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    return model, losses
+
+
+def assert_same(got: nn.Module, want: nn.Module, tolerance: float) -> None:
+    """Parameters agree up to a share of the largest."""
+    for (name, a), b in zip(got.named_parameters(), want.parameters()):
+        error = (a.detach().cpu().float() - b.detach().float()).abs().max()
+        assert error <= tolerance * b.detach().float().abs().max(), name
+
+
+RULES = {
+    "sgd": (lambda p: elmo.optim.SGD(p, 0.5), lambda p: torch.optim.SGD(p, 0.5)),
+    "momentum": (
+        lambda p: elmo.optim.SGD(p, 0.2, momentum=0.9, nesterov=True, weight_decay=0.01),
+        lambda p: torch.optim.SGD(p, 0.2, momentum=0.9, nesterov=True, weight_decay=0.01),
+    ),
+    "adamw": (lambda p: elmo.optim.AdamW(p, 1e-2), lambda p: torch.optim.AdamW(p, 1e-2)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_training_is_torch_s(kind, rule, options, no_host_reads):
+    ours, theirs = RULES[rule]
+    want, losses = eager_run(kind, theirs)
+    model = net(kind).to("cuda")
+    step, opt = compiled(model, options), ours(model.parameters())
+    found = []
+    for seed in range(2):
+        given = on_device(seed)
+        if seed and kind in WITH_KERNELS:
+            with no_host_reads():
+                loss = step(*given)
+                loss.backward()
+                opt.step()
+                opt.zero_grad()
+        else:
+            loss = step(*given)
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+        assert model.head.weight.grad is None
+        found.append(loss.item())
+    assert elmo.is_fused(model.head.weight)
+    assert found == pytest.approx(losses, rel=1e-5)
+    assert_same(model, want, 2e-5 if rule != "adamw" else 1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_backend_alone_gives_torch_s_gradients(kind, options, no_host_reads):
+    want, model = net(kind), net(kind).to("cuda")
+    step = compiled(model, options)
+    for seed in range(2):
+        want.zero_grad()
+        model.zero_grad()
+        expected = want(*batch(seed))
+        expected.backward()
+        given = on_device(seed)
+        if seed and kind in WITH_KERNELS:
+            with no_host_reads():
+                loss = step(*given)
+                loss.backward()
+        else:
+            loss = step(*given)
+            loss.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        for a, b in zip(model.parameters(), want.parameters()):
+            assert (a.grad.cpu() - b.grad).abs().max() <= 2e-5 * b.grad.abs().max()
+    assert len(elmo.last_report().matches) == 1
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest", "kahan"])
+@pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("kind", ["bce", "ce", "focal"])
+def test_low_precision_heads_train_as_on_a_cpu(kind, dtype, rounding, options):
+    def run(device: str) -> Net:
+        model = elmo.convert_head(net(kind), dtype).to(device)
+        assert model.head.weight.dtype == dtype
+        step = compiled(model, options)
+        opt = elmo.optim.SGD(model.parameters(), 0.1, rounding=rounding)
+        for seed in range(3):
+            step(*(t.to(device) for t in batch(seed))).backward()
+            opt.step()
+            opt.zero_grad()
+        assert elmo.is_fused(model.head.weight)
+        return model
+
+    got, want = run("cuda").head.weight.float().cpu(), run("cpu").head.weight.float()
+    start = elmo.convert_head(net(kind), dtype).head.weight.float()
+    assert (want != start).float().mean() > 0.001
+    # The same random bits: what differs is where gradients differ in their last places.
+    assert (got - want).norm() <= 0.2 * (want - start).norm()
+
+
+class Exact(nn.Module):
+    """Sigmoids of exactly 0 or 1, so that the weight's gradient is an exact integer."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        make = torch.Generator().manual_seed(0)
+        self.head = nn.Linear(D, L, bias=False)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.randint(-2, 3, (L, D), generator=make) * 2.0**-3)
+            self.head.weight[:, 0] = torch.randint(0, 2, (L,), generator=make) * 2.0 - 1.0
+        elmo.convert_head(self, dtype)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self.head(x), y, reduction="sum")
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
+def test_stored_bits_do_not_depend_on_the_device(dtype, options):
+    def run(device: str, chunk: int) -> Tensor:
+        model = Exact(dtype).to(device)
+        step = compiled(model, options, chunk_size=chunk)
+        opt = elmo.optim.SGD(model.parameters(), 2.0**-13)
+        for seed in range(3):
+            make = torch.Generator().manual_seed(seed)
+            x = torch.randint(-3, 4, (N, D), generator=make).float()
+            x[:, 0] = 240.0 * (2 * torch.randint(0, 2, (N,), generator=make) - 1)
+            y = torch.randint(0, 2, (N, L), generator=make).float()
+            step(x.to(device), y.to(device)).backward()
+            opt.step()
+            opt.zero_grad()
+        assert elmo.is_fused(model.head.weight)
+        return model.head.weight.detach().cpu().view(torch.uint8)
+
+    want = run("cpu", 256)
+    assert not torch.equal(want, Exact(dtype).head.weight.detach().view(torch.uint8))
+    for chunk in (256, 100):
+        assert torch.equal(run("cuda", chunk), want)
+
+
+def test_updates_at_the_step_see_the_whole_gradient(options):
+    hyper: dict[str, Any] = {"update_at": "step", "accumulate": "stash", "max_norm": 0.3}
+
+    def run(device: str) -> tuple[Net, list[float]]:
+        model, losses = net("ce").to(device), []
+        step, opt = compiled(model, options), elmo.optim.SGD(model.parameters(), 0.5, **hyper)
+        for seed in range(2):
+            for part in range(2):
+                loss = step(*(t.to(device) for t in batch(2 * seed + part)))
+                loss.backward()
+                losses.append(loss.item())
+            opt.step()
+            opt.zero_grad()
+        return model, losses
+
+    (got, losses), (want, expected) = run("cuda"), run("cpu")
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert_same(got, want, 2e-5)
+
+
+def test_logits_outside_the_graph_are_deferred(options):
+    model = nn.Sequential(nn.Linear(24, D), nn.Linear(D, L))
+    twin = copy.deepcopy(model)
+    model.to("cuda")
+    step = compiled(model, options, deferred_logits=True)
+    opt = elmo.optim.SGD(model.parameters(), 0.5)
+    (x, labels), (x_gpu, labels_gpu) = batch(0), on_device(0)
+    logits, want = step(x_gpu), twin(x)
+    loss = F.cross_entropy(logits.float(), labels_gpu[:, 0])
+    assert torch.equal(logits.argmax(-1).cpu(), want.argmax(-1))
+    assert torch.equal(logits.topk(3).indices.cpu(), want.topk(3).indices)
+    loss.backward()
+    assert elmo.is_fused(model[1].weight)
+    assert torch.equal(logits.argmax(-1).cpu(), want.argmax(-1))
+    opt.step()
+    assert loss.item() == pytest.approx(F.cross_entropy(want, labels[:, 0]).item(), rel=1e-5)
+    assert torch.allclose(step(x_gpu).cpu(), model.cpu()(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("value", ["exact", "deferred", "auto"])
+def test_the_loss_value(value, options):
+    model = net("bce").to("cuda")
+    want = net("bce")(*batch(0)).item()
+    step = compiled(model, options, loss_value=value)
+    opt = elmo.optim.SGD(model.parameters(), 0.5)
+    loss = step(*on_device(0))
+    if value == "auto":
+        assert loss.item() == pytest.approx(want, rel=1e-5)
+    loss.backward()
+    opt.step()
+    assert loss.item() == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bce", "ce"])
+@pytest.mark.parametrize("update_at", ["backward", "step"])
+def test_invalid_input_is_told_at_the_step_and_changes_nothing(kind, update_at, options):
+    model = net(kind).to("cuda")
+    step = compiled(model, options)
+    opt = elmo.optim.SGD(model.parameters(), 0.5, update_at=update_at)
+    start = net(kind).state_dict()
+    x, labels = on_device(0)
+    for bad_x, bad_labels in ((x, labels + L), (x * float("nan"), labels)):
+        step(bad_x, bad_labels).backward()
+        with pytest.raises(InputError, match="invalid"):
+            opt.step()
+        opt.zero_grad()
+        for name, value in model.state_dict().items():
+            assert torch.equal(value.cpu(), start[name]), name
+    step(x, labels).backward()
+    opt.step()
+    assert not torch.equal(model.head.weight.cpu(), start["head.weight"])
+    assert bool(torch.isfinite(model.head.weight).all())
+
+
+def test_what_no_kernel_guards_is_looked_at_before_the_step(options):
+    model = net("focal").to("cuda")
+    step = compiled(model, options)
+    opt = elmo.optim.SGD(model.parameters(), 0.5, update_at="step")
+    x, labels = on_device(0)
+    step(x, labels).backward()
+    opt.step()
+    opt.zero_grad()
+    before = copy.deepcopy(model.state_dict())
+    step(x * float("inf"), labels).backward()
+    with pytest.raises(InputError):
+        opt.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_two_kinds_of_gradient_of_one_weight(options):
+    """A fused loss and a penalty of the same weight: added chunk by chunk, at the step."""
+
+    def run(device: str) -> Net:
+        model = net("bce").to(device)
+        step = compiled(model, options)
+        opt = elmo.optim.SGD(model.parameters(), 0.5, update_at="step", max_norm=1.0)
+        for seed in range(2):
+            step(*(t.to(device) for t in batch(seed))).backward()
+            (0.1 * model.head.weight.square().sum()).backward()
+            opt.step()
+            opt.zero_grad()
+        return model
+
+    assert_same(run("cuda"), run("cpu"), 2e-5)
+
+
+def test_a_checkpoint_continues_bit_for_bit(options, tmp_path):
+    def start() -> tuple[Net, Any, Any]:
+        model = elmo.convert_head(net("bce"), FP8).to("cuda")
+        step = compiled(model, options)
+        return model, step, elmo.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+
+    def train(step: Any, opt: Any, seeds: range) -> None:
+        for seed in seeds:
+            step(*on_device(seed)).backward()
+            opt.step()
+            opt.zero_grad()
+
+    model, step, opt = start()
+    train(step, opt, range(2))
+    torch.save((model.state_dict(), opt.state_dict()), tmp_path / "saved.pt")
+    train(step, opt, range(2, 4))
+    other, again, opt2 = start()
+    weights, state = torch.load(tmp_path / "saved.pt")
+    other.load_state_dict(weights)
+    opt2.load_state_dict(state)
+    assert all(held["step"].device.type == "cpu" for held in opt2.state.values())
+    train(again, opt2, range(2, 4))
+    for a, b in zip(model.parameters(), other.parameters()):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_clipping_over_parameters_of_two_devices(options):
+    def run(device: str) -> list[Tensor]:
+        first, model = nn.Parameter(torch.ones(6)), net("ce").to(device)
+        step = compiled(model, options)
+        opt = elmo.optim.SGD([first, *model.parameters()], 0.5, update_at="step", max_norm=0.2)
+        for seed in range(2):
+            (first * torch.arange(6)).sum().backward()
+            step(*(t.to(device) for t in batch(seed))).backward()
+            opt.step()
+            opt.zero_grad()
+        return [p.detach().cpu() for p in (first, *model.parameters())]
+
+    for got, want in zip(run("cuda"), run("cpu")):
+        assert torch.allclose(got, want, atol=1e-6)
+
+
+def test_a_captured_graph_is_refused(options, monkeypatch):
+    model = net("bce").to("cuda")
+    step, opt = compiled(model, options), elmo.optim.SGD(model.parameters(), 0.5)
+    step(*on_device(0)).backward()
+    opt.step()
+    before = model.head.weight.detach().clone()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(FusedUpdateError, match="CUDA graph"):
+        step(*on_device(1)).backward()
+    assert torch.equal(model.head.weight, before)
