@@ -38,7 +38,7 @@ def test_what_is_written_for_a_device():
 
 NOT_THERE = {
     "tests/test_updates.py": ["share_code"],
-    "tests/test_promises.py": ["stored_weights"],
+    "tests/test_promises.py": ["stored_weights", "lowerings"],
     "tests/optim/test_update_at_step.py": ["dense_targets_are_kept_sparse"],
     "tests/optim/test_ordinary.py": ["sparse"],
     "tests/deferred/test_loops.py": ["the_loss_pass_keeps_the_top"],

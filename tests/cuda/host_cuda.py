@@ -110,7 +110,9 @@ def _move_storages() -> None:
     def restored(storage: Any, location: str) -> Any:
         if not location.startswith("cuda"):
             return None
-        on_cpu = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
+        on_cpu = torch.empty(0, dtype=torch.uint8, device="cpu").set_(
+            storage, 0, (storage.nbytes(),), (1,)
+        )
         return on_cpu.to("cuda").untyped_storage()
 
     def tag(storage: Any) -> str | None:
