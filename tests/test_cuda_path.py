@@ -32,8 +32,11 @@ def run(*arguments: str, **environment: str) -> None:
     assert " passed" in done.stdout
 
 
-def test_what_is_written_for_a_device():
-    run("-vv", "-m", "gpu", str(HERE / "cuda"))
+@pytest.mark.parametrize(
+    "which", ["gpu and not slow", pytest.param("gpu and slow", marks=pytest.mark.slow)]
+)
+def test_what_is_written_for_a_device(which):
+    run("-vv", "-m", which, str(HERE / "cuda"))
 
 
 NOT_THERE = {

@@ -28,11 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip("needs a CUDA device"))
 
 
-@pytest.fixture(params=["eager", "inductor"])
+@pytest.fixture(params=["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def options(request: pytest.FixtureRequest) -> dict[str, object]:
     """Options of the backend under which small heads are rewritten."""
-    if request.param == "inductor" and PRETENDED:
-        pytest.skip("Inductor needs a device to compile for")
     return {"min_outputs": 256, "chunk_size": 256, "lower": request.param}
 
 

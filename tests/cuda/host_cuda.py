@@ -4,8 +4,9 @@
 
 `host_cuda.cpp` gives torch the device; here it is built and loaded before torch, and what torch
 asks of a CUDA driver in Python is answered. Triton's interpreter runs kernels on its memory as it
-is; Inductor has nothing to compile for, and graphs run eagerly. With HOST_CUDA_DEFAULT=1 tensors
-are made on it unless a test says otherwise, so that tests written for a CPU take a GPU's path.
+is: this package's, and those that Inductor writes for a GPU (in one program each; what they take
+from libdevice is numpy's). With HOST_CUDA_DEFAULT=1 tensors are made on it unless a test says
+otherwise, so that tests written for a CPU take a GPU's path.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -55,6 +57,7 @@ assert "torch" not in sys.modules, "host_cuda comes before torch: -p host_cuda"
 os.environ["TRITON_INTERPRET"] = "1"
 ctypes.CDLL(str(_library()), mode=ctypes.RTLD_GLOBAL)
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -65,12 +68,33 @@ HOPPER = SimpleNamespace(
     multi_processor_count=132,
     L2_cache_size=60 << 20,
     total_memory=140 << 30,
+    warp_size=32,
+    regs_per_multiprocessor=1 << 16,
+    regs_per_block=1 << 16,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    shared_memory_per_block=48 << 10,
+    shared_memory_per_block_optin=227 << 10,
+    shared_memory_per_multiprocessor=228 << 10,
+    is_integrated=0,
+    is_multi_gpu_board=0,
+    gcnArchName="",
+    uuid="",
 )
 
 
 class _Event:
+    def __init__(self, *given: Any, **more: Any) -> None:
+        self.at = time.perf_counter()
+
+    def record(self, stream: Any = None) -> None:
+        self.at = time.perf_counter()
+
     def synchronize(self) -> None:
         """There is nothing to wait for."""
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1e3 * (end.at - self.at)
 
 
 class _Stream:
@@ -82,6 +106,15 @@ class _Stream:
 def _answer_for_the_driver() -> None:
     cuda: Any = torch.cuda
     cuda._lazy_init = lambda: None
+    cuda.is_available = lambda: True
+    cuda.device_count = lambda: 1
+    cuda.Event = _Event
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
+    cuda.get_device_capability = lambda device=None: (HOPPER.major, HOPPER.minor)
+    cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8, device="cpu")
+    cuda.set_rng_state = lambda state, device=None: None
+    torch.version.cuda = "13.0"
     cuda._exchange_device = lambda device: 0
     cuda._maybe_exchange_device = lambda device: 0
     cuda.current_device = lambda: 0
@@ -140,9 +173,103 @@ def _run_kernels_in_place() -> None:
     executor._restore_args_dev = lambda *args: None
 
 
+class _Driver:
+    """Triton's, for a chip that only compilers ask about."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 10 * HOPPER.major + HOPPER.minor, HOPPER.warp_size)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+
+class _Libdevice:
+    """Functions of tiles by their names in numpy."""
+
+    NAMES: ClassVar = {"rsqrt": lambda v: 1 / np.sqrt(v), "pow": np.power, "rint": np.rint}
+
+    def __getattr__(self, name: str) -> Any:
+        function = self.NAMES.get(name) or getattr(np, name)
+
+        def applied(*tiles: Any) -> Any:
+            from triton.runtime.interpreter import TensorHandle
+
+            first = tiles[0]
+            made = function(*(tile.handle.data for tile in tiles)).astype(first.handle.data.dtype)
+            return type(first)(TensorHandle(made, first.dtype.scalar), first.type)
+
+        return applied
+
+
+class _InductorKernel:
+    """One of Inductor's kernels, run by one program that holds all of it."""
+
+    HEAD = """import torch
+import triton
+import triton.language as tl
+from torch._inductor.runtime import triton_helpers
+from torch._inductor.runtime.hints import *
+from host_cuda import libdevice, libdevice as tl_math
+"""
+    SIZES: ClassVar = {"X": "xnumel", "Y": "ynumel", "R0_": "r0_numel", "R": "rnumel"}
+
+    def __init__(self, name: str, source: str) -> None:
+        source = source[source.index("@triton.jit") :]
+        with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
+            file.write(self.HEAD + source)
+        spec = importlib.util.spec_from_file_location(Path(file.name).stem, file.name)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self.kernel = getattr(module, name if hasattr(module, name) else "triton_")
+        self.names = self.kernel.arg_names
+
+    def run(self, *arguments: Any, stream: Any = None, **more: Any) -> None:
+        """A launch, as Inductor's code writes it."""
+        import triton
+
+        blocks = {name: name[: -len("BLOCK")] for name in self.names if name.endswith("BLOCK")}
+        given = dict(zip((name for name in self.names if name not in blocks), arguments))
+        sizes = {
+            name: max(1, triton.next_power_of_2(given[self.SIZES[which]]))
+            for name, which in blocks.items()
+        }
+        self.kernel[(1, 1, 1)](**given, **sizes)
+
+
+def _let_inductor_compile() -> None:
+    import torch._C._dynamo.guards as guards
+    import torch._inductor.async_compile as async_compile
+    import torch._inductor.config as config
+    from triton.runtime import driver
+
+    driver.set_active(_Driver())
+    config.compile_threads = 1
+    config.force_disable_caches = True
+    inner: Any = torch._C
+    inner._cuda_getCurrentRawStream = lambda device: 0
+    changed: Any = guards
+    changed._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
+        size, stride, dtype=dtype, device="cuda"
+    )
+    compiler: Any = async_compile.AsyncCompile
+    compiler.triton = lambda self, name, source, device_str="cuda": _InductorKernel(name, source)
+
+
+libdevice = _Libdevice()
 _answer_for_the_driver()
 _move_storages()
 _run_kernels_in_place()
+_let_inductor_compile()
 
 
 @contextlib.contextmanager

@@ -137,6 +137,20 @@ def test_fused_training_is_torch_s(kind, rule, options, no_host_reads):
     assert_same(model, want, 2e-5 if rule != "adamw" else 1e-3)
 
 
+@pytest.mark.parametrize("kind", ["bce", "ce"])
+def test_a_step_whose_graph_inductor_compiled(kind):
+    want, _ = eager_run(kind, RULES["sgd"][1])
+    model = net(kind).to("cuda")
+    step = compiled(model, {"min_outputs": 256, "chunk_size": 256})
+    opt = elmo.optim.SGD(model.parameters(), 0.5)
+    for seed in range(2):
+        step(*on_device(seed)).backward()
+        opt.step()
+        opt.zero_grad()
+    assert elmo.is_fused(model.head.weight)
+    assert_same(model, want, 2e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_backend_alone_gives_torch_s_gradients(kind, options, no_host_reads):
     want, model = net(kind), net(kind).to("cuda")

@@ -158,3 +158,11 @@ def test_head_program(fused):
     args, optimizer = program_call(fused)
     torch.library.opcheck(PROGRAMS[fused], args, test_utils=CONTRACT if fused else FUNCTIONAL)
     del optimizer
+
+
+@pytest.mark.parametrize("name", ["fused_head_loss", "fused_head_program"])
+def test_fused_ops_stay_out_of_cuda_graphs(name):
+    """A replay would repeat the rate, the step and the random bits of the capture."""
+    for op in (name, f"{name}_backward"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.elmo, op).default.tags
+    assert torch.Tag.cudagraph_unsafe not in torch.ops.elmo.head_loss.default.tags
