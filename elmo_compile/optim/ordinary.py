@@ -7,8 +7,9 @@ state is a number a row), a complex one by its real numbers.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,14 +81,17 @@ class _Matrix:
         self.grad_RD = grad.reshape(shape)
         if not self.grad_RD.is_contiguous():
             self.grad_RD = self.grad_RD.contiguous()
+        seen: dict[str, Any] = {}
         if not update.row_wise:
-            state = tuple(
+            seen["state"] = tuple(
                 s if isinstance(s, Blockwise) else self._rows(s, shape) for s in update.state
             )
-            update = dataclasses.replace(update, state=state)
         if update.compensates_all and update.compensation is not None:
-            compensation = self._rows(update.compensation, shape)
-            update = dataclasses.replace(update, compensation=compensation)
+            seen["compensation"] = self._rows(update.compensation, shape)
+        # Most are matrices already: a copy of the record for each parameter is felt on a GPU.
+        same = all(map(operator.is_, seen.get("state", ()), update.state))
+        if not same or seen.get("compensation", update.compensation) is not update.compensation:
+            update = dataclasses.replace(update, **seen)
         self.update = update
 
     @staticmethod
@@ -99,9 +103,10 @@ class _Matrix:
 
     def _rows(self, t: Tensor, shape: tuple[int, int]) -> Tensor:
         """t as a contiguous matrix: a view, or a copy that `write_back` brings home."""
-        t = t.detach()
+        if t.requires_grad:
+            t = t.detach()
         if t.is_contiguous():
-            return t.view(shape)
+            return t if t.shape == shape else t.view(shape)
         copy = t.contiguous().view(shape)
         self._copies.append((t, copy))
         return copy
