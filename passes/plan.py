@@ -274,6 +274,12 @@ def _check(
             match, Code.UNSUPPORTED_DTYPE, f"a weight stored in {weight.dtype}",
             "store it in float32, bfloat16, float16 or float8_e4m3fn",
         )  # fmt: skip
+    wide = isinstance(match, HeadMatch) and torch.float64 in (weight.dtype, match.compute_dtype)
+    if wide and weight.device.type == "cuda":
+        return _refuse(
+            match, Code.UNSUPPORTED_DTYPE, "float64 on CUDA, for which there are no kernels",
+            "train the head in float32, bfloat16 or float8_e4m3fn",
+        )  # fmt: skip
     if weight.device.type not in ("cpu", "cuda"):
         return _refuse(
             match, Code.UNSUPPORTED_DEVICE, f"a weight on {weight.device}", "use a CPU or CUDA"

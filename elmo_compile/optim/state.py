@@ -120,7 +120,7 @@ def resolve_rows(given: Any, num_rows: int) -> Tensor:
     if isinstance(given, tuple) and len(given) == 2 and not isinstance(given[1], int | float):
         how_many, rest = given
     if isinstance(rest, int | float) and not isinstance(rest, bool):
-        return torch.arange(_count(rest, num_rows))
+        return torch.arange(_count(rest, num_rows), device="cpu")
     try:
         values = torch.as_tensor(rest).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -147,7 +147,8 @@ def resolve_rows(given: Any, num_rows: int) -> Tensor:
 
 
 def _is_permutation(values: Tensor) -> bool:
-    return bool(torch.equal(values.sort().values.to(torch.int64), torch.arange(values.numel())))
+    numbers = torch.arange(values.numel(), device=values.device)
+    return bool(torch.equal(values.sort().values.to(torch.int64), numbers))
 
 
 def _count(wanted: Any, num_rows: int) -> int:

@@ -205,8 +205,9 @@ def _table() -> dict[Any, Callable[..., Any]]:
     table.update(get_decompositions([getattr(aten, name) for name in losses]))
     table[aten._log_softmax.default] = _log_softmax
     table[aten._softmax.default] = _softmax
+    # A number that is written is a scalar on the CPU, whatever it is written into.
     table[aten.copy.default] = lambda into, source, non_blocking=False: source.to(
-        into.dtype
+        into.device, into.dtype
     ).expand(into.shape)
     # torch 2.15 writes `z[:, 0] = 1.0` so; the value does not depend on what was there.
     table[aten.fill.Scalar] = lambda into, value: torch.full(

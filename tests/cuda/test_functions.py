@@ -41,6 +41,13 @@ def test_topk(dtype, no_host_reads):
     )
 
 
+def test_topk_of_a_weight_that_is_not_contiguous():
+    make = torch.Generator().manual_seed(0)
+    x, w = torch.randn(5, 32, generator=make), torch.randn(32, 300, generator=make)
+    found = elmo.topk(x.to("cuda"), w.to("cuda").t(), 4)
+    assert torch.equal(found.indices.cpu(), (x @ w).topk(4).indices)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
 def test_stochastic_round(dtype):
     x = torch.randn(40, 33, generator=torch.Generator().manual_seed(0))

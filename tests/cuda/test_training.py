@@ -395,3 +395,34 @@ def test_a_captured_graph_is_refused(options, monkeypatch):
     with pytest.raises(FusedUpdateError, match="CUDA graph"):
         step(*on_device(1)).backward()
     assert torch.equal(model.head.weight, before)
+
+
+def test_a_number_written_into_logits(options):
+    def loss(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(x, w)
+        z[:, 0] = -5.0
+        return F.cross_entropy(z, y)
+
+    make = torch.Generator().manual_seed(0)
+    given = [torch.randn(n, D, generator=make) for n in (N, L)]
+    y = torch.randint(0, L, (N,), generator=make)
+    want = [t.clone().requires_grad_() for t in given]
+    loss(*want, y).backward()
+    got = [t.to("cuda").requires_grad_() for t in given]
+    compiled(loss, options)(*got, y.to("cuda")).backward()
+    assert len(elmo.last_report().matches) == 1
+    for a, b in zip(got, want):
+        assert (a.grad.cpu() - b.grad).abs().max() <= 2e-5 * b.grad.abs().max()
+
+
+def test_float64_is_left_to_torch(options):
+    model = net("ce").to("cuda", torch.float64)
+    x, labels = on_device(0)
+    loss = compiled(model, options)(x.double(), labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(
+        net("ce").double()(batch(0)[0].double(), batch(0)[1]).item()
+    )
+    (refusal,) = elmo.last_report().refusals
+    assert "float64" in refusal.reason
+    assert model.head.weight.grad.dtype == torch.float64

@@ -119,7 +119,7 @@ def topk(
         c = prepare(
             HeadProblem(
                 x_ND=x_ND,
-                w_LD=w_LD,
+                w_LD=w_LD.contiguous(),
                 b_L=b_L,
                 target=x_ND.new_empty(0),
                 loss=LossSpec(name=CE, targets="classes"),
