@@ -184,7 +184,7 @@ def cache_chunk(shape: HeadShape, limits: DeviceLimits) -> int:
     per_output = slope + shape.number(shape.weight_dtype.itemsize * D)
     rows, outputs = shape.number(shape.rows), shape.number(shape.outputs)
     logits = shape.compute_dtype.itemsize * rows * outputs
-    room = max(0, min(ROOM[limits.kind], logits // 4) - fixed - 1) // slope
+    room = max(0, min(ROOM[limits.kind], logits // 4) - fixed - 1) // max(1, slope)
     if limits.kind == "cpu":
         enough = min(limits.cache_bytes * 3 // 2 // per_output, ENOUGH_LOGITS // rows)
     else:
@@ -199,7 +199,7 @@ def cache_chunk(shape: HeadShape, limits: DeviceLimits) -> int:
 def budget_chunk(shape: HeadShape, budget: int, multiple: int) -> int:
     """The most outputs whose temporaries fit `budget`; 0 if what every chunk needs does not."""
     fixed, slope = _line(shape, temporary_formulas(shape))
-    most = max(0, (budget - fixed) // slope)
+    most = max(0, (budget - fixed) // max(1, slope))
     for step in (multiple, SMALLEST_CHUNK):
         if most >= step:
             return _floor(most, step)
@@ -207,7 +207,8 @@ def budget_chunk(shape: HeadShape, budget: int, multiple: int) -> int:
 
 
 def _line(shape: HeadShape, formulas: list[tuple[str, Any]]) -> tuple[int, int]:
-    """Temporaries as `fixed + slope * C`, numbers at the hinted sizes."""
+    """Temporaries as `fixed + slope * C`, numbers at the hinted sizes. The slope is 0 of a loss
+    without gradients on a GPU, whose kernels keep a tile of logits in registers."""
     total = sympy.expand(sympy.Add(*(expr for _, expr in formulas)))
     number: Callable[[Any], int] = shape.number
     return number(total.subs(C, 0)), number(total.coeff(C, 1))

@@ -426,3 +426,14 @@ def test_float64_is_left_to_torch(options):
     (refusal,) = elmo.last_report().refusals
     assert "float64" in refusal.reason
     assert model.head.weight.grad.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_makes_no_logits(kind):
+    model = net(kind).to("cuda").eval()
+    want = net(kind).eval()(*batch(0)).item()
+    step = compiled(model, {"min_outputs": 256, "lower": "eager"})  # the planner's chunk
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context():
+            assert step(*on_device(0)).item() == pytest.approx(want, rel=1e-5)
+        assert len(elmo.last_report().matches) == 1, elmo.last_report()

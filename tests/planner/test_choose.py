@@ -96,6 +96,16 @@ def test_cuda_chunks_are_worth_starting(outputs, dtype):
     assert found.temporary_bytes <= 80 * MIB
 
 
+@pytest.mark.parametrize("budget", [None, "64MiB"])
+@pytest.mark.parametrize("loss", [BCE, CE])
+def test_a_loss_without_gradients_on_cuda_has_no_temporaries_of_a_chunk(loss, budget):
+    still = {"features_trainable": False, "weight_trainable": False, "fused_update": False}
+    head = shape(outputs=2_812_281, loss=loss, device="cuda", **still)
+    found = made(head, Options(memory_budget=budget))
+    assert found.chunk_size > 4096
+    assert found.temporary_bytes <= 64 * MIB
+
+
 @pytest.mark.parametrize("outputs", [1, 63, 64, 1000, 1024])
 def test_never_more_than_the_outputs(outputs):
     assert made(shape(outputs=outputs)).chunk_size == outputs
