@@ -23,6 +23,8 @@ EAGER_DECODE = 12
 """Bytes for each weight of a chunk where these run eagerly, as measured on torch 2.13."""
 SPLIT_SUMS = 8 << 20
 """Bytes: about one 128 x 128 float32 tile a multiprocessor (132 on an H100)."""
+SPLIT_SUMS_A_ROW = 132 * 128 * 4
+"""The same, where a batch is smaller than a tile."""
 ROW_PARTS = 4 * 132
 """Programs that each hold statistics of a row, at most."""
 
@@ -124,7 +126,7 @@ def temporaries_of(
         return temporary_formulas(shape)
     held = ("block of logits, then gradient", operand_size(shape) * row_block * L)
     if shape.device == "cuda":
-        return [held, *_cuda_block_buffers(shape, row_block)]
+        return [held, *_triton_block_buffers(shape, row_block)]
     block = dataclasses.replace(shape, rows=row_block)
     terms = [
         (name, sympy.sympify(expr).subs(N, row_block))
@@ -138,7 +140,8 @@ def temporaries_of(
 
 def temporary_formulas(shape: HeadShape) -> list[tuple[str, Any]]:
     """Name and bytes, in N, D, C and M, of what the kernels make and free in a step."""
-    terms = _cuda_buffers(shape) if shape.device == "cuda" else _cpu_buffers(shape)
+    triton = shape.device == "cuda" and shape.program is None
+    terms = _triton_buffers(shape) if triton else _aten_buffers(shape)
     if shape.positives != 0:
         terms.append(("sorted positives", 16 * M))
     if shape.program is not None:
@@ -148,8 +151,9 @@ def temporary_formulas(shape: HeadShape) -> list[tuple[str, Any]]:
     return terms
 
 
-def _cpu_buffers(shape: HeadShape) -> list[tuple[str, Any]]:
-    """As kernels/aten: products write whole chunks, vector code works in place on them."""
+def _aten_buffers(shape: HeadShape) -> list[tuple[str, Any]]:
+    """As kernels/aten, which also runs traced losses on a GPU: products write whole chunks, vector
+    code works in place on them."""
     operand = operand_size(shape)
     accumulate = max(4, operand)
     eager = shape.number(N * L) < EAGER_BELOW
@@ -191,7 +195,7 @@ def _writes_weight_gradient_chunk(shape: HeadShape, operand: int) -> bool:
     return shape.fused_update or shape.weight_gradient_dtype.itemsize != operand
 
 
-def _cuda_buffers(shape: HeadShape) -> list[tuple[str, Any]]:
+def _triton_buffers(shape: HeadShape) -> list[tuple[str, Any]]:
     """As kernels/triton: only the gradient of the logits and partial sums leave the registers."""
     operand = operand_size(shape)
     terms: list[tuple[str, Any]] = []
@@ -201,7 +205,8 @@ def _cuda_buffers(shape: HeadShape) -> list[tuple[str, Any]]:
         terms.append(("features as operands", operand * N * D))
     if shape.features_trainable:
         terms.append(("feature gradient", 4 * N * D))
-        terms.append(("feature gradient, split sums", SPLIT_SUMS + 4 * N * D))
+        sums = sympy.Min(SPLIT_SUMS, SPLIT_SUMS_A_ROW * N)
+        terms.append(("feature gradient, split sums", sums + 4 * N * D))
     if shape.weight_trainable and shape.fused_update:
         stored = (shape.weight_dtype, shape.momentum_dtype)
         rounded = sum(1 for dtype in stored if dtype is not None and dtype.itemsize < 4)
@@ -211,7 +216,7 @@ def _cuda_buffers(shape: HeadShape) -> list[tuple[str, Any]]:
     return terms
 
 
-def _cuda_block_buffers(shape: HeadShape, row_block: int) -> list[tuple[str, Any]]:
+def _triton_block_buffers(shape: HeadShape, row_block: int) -> list[tuple[str, Any]]:
     """As kernels/triton/row_blocks.py, beside the logits it holds."""
     terms: list[tuple[str, Any]] = []
     if shape.feature_dtype != shape.compute_dtype:

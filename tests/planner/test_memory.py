@@ -18,6 +18,7 @@ from elmo_compile.numerics.update import Update
 from elmo_compile.planner import HeadShape, Plan, default_compute_dtype, plan
 from elmo_compile.planner import memory as memory_module
 from elmo_compile.planner.memory import HeadMemory, head_memory
+from elmo_compile.planner.shape import ProgramSize
 
 FP8 = torch.float8_e4m3fn
 N, D, L, C, M = sympy.symbols("N D L C M")
@@ -301,3 +302,19 @@ def shape_of(loss, rows, outputs, dtype, *, fused=False, features=256, **changes
         loss_value="deferred" if fused == "deferred" else "exact", feature_dtype=compute,
         **changes,
     )  # fmt: skip
+
+
+def test_a_traced_loss_on_cuda_is_planned_as_aten_runs_it():
+    """Its chunks of weight are decoded, and its chunks of gradient are tensors."""
+    program = ProgramSize(forward=1, backward=3, live=6)
+    traced = head(dtype=FP8, fused_update=True, device="cuda", program=program)
+    names = {term.name for term in head_memory(traced, 4096).after}
+    assert {"chunk of weight, decoded", "chunk of weight gradient"} <= names
+    assert "feature gradient, split sums" not in names
+
+
+def test_split_sums_of_a_small_batch_are_small():
+    for rows, most in ((1, 70_000), (16, 1 << 21), (128, 9 << 20), (4096, 9 << 20)):
+        memory = head_memory(head(rows=rows, fused_update=True, device="cuda"), 4096)
+        (term,) = (t for t in memory.after if t.name == "feature gradient, split sums")
+        assert term.bytes - 4 * 768 * rows <= most
