@@ -91,7 +91,7 @@ class Bench:
                 self._warm(step)
             except Exception as error:  # a contender that does not run here is a result
                 del running[name]
-                self.emit(**row, contender=name, failed=_said(error))
+                self.emit(**row, contender=name, failed=said(error))
         device: dict[str, list[float]] = {name: [] for name in running}
         for _ in range(self.repeats):
             for name, step in running.items():
@@ -181,7 +181,8 @@ class Bench:
         return {name: times.device for name, times in found.items()}
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
+    """An error as a row's cell."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
@@ -241,7 +242,7 @@ def kernel_step(
     fp8_features: bool = False,
     value: bool = False,
 ) -> Step:
-    """The fused BCE step without torch.compile around it, its last gradients of x in `step.made`.
+    """The fused BCE step without torch.compile around it; it returns what the kernels do.
 
     Args:
         chunk: outputs at once; None for the planner's.
@@ -269,7 +270,7 @@ def kernel_step(
     assert isinstance(planned, Plan)
     scale, none, count = torch.full((N,), 1 / N, device=b.device), x.new_empty(0).float(), 0
 
-    def step() -> None:
+    def step() -> Any:
         nonlocal count
         count += 1
         problem = HeadProblem(
@@ -278,9 +279,7 @@ def kernel_step(
             chunk=chunk or planned.chunk_size, fp8_features=fp8_features,
         )  # fmt: skip
         update = Update(lr=1e-6, rounding="stochastic", step=count)
-        step.made = family.backward_update(  # type: ignore[attr-defined]
-            problem, none, scale, update, need_db=False, need_value=value
-        )
+        return family.backward_update(problem, none, scale, update, need_db=False, need_value=value)
 
     return step
 

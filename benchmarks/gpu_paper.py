@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from gpu_common import FP8, Bench, Contender, Step, fresh, kernel_step, weight
+from gpu_common import FP8, Bench, Contender, Step, fresh, kernel_step, said, weight
 from torch import Tensor, nn
 
 PARTS = 8
@@ -73,7 +73,7 @@ def _compare(b: Bench, L: int) -> None:
     try:
         contenders[theirs] = Contender(its_step(x, labels, L))
     except Exception as error:  # ours are worth having
-        b.emit(**row, contender=theirs, failed=f"{type(error).__name__}: {str(error)[:90]}")
+        b.emit(**row, contender=theirs, failed=said(error))
     found = b.compare(row, contenders, moved=2 * L * D, product=2 * N * L * D)
     for name in set(found) - {theirs}:
         if theirs in found:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from gpu_common import FP8, NAMES, Bench, fresh, kernel_step, weight
+from gpu_common import FP8, NAMES, Bench, Step, fresh, kernel_step, weight
 from torch import Tensor
 
 from elmo_compile.kernels.triton.configs import Tile, override_tiles
@@ -88,11 +86,10 @@ def _tiles(b: Bench, x: Tensor, w: Tensor, labels: Tensor) -> None:
             )  # fmt: skip
 
 
-def _result(step: Any, w: Tensor, kept: Tensor) -> Tensor:
+def _result(step: Step, w: Tensor, kept: Tensor) -> Tensor:
     """dx of one step from the same weights."""
     w.copy_(kept)
-    step()
-    dx: Tensor = step.made.dx_ND
+    dx: Tensor = step().dx_ND
     return dx
 
 

@@ -10,7 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training import EAGER, INDUCTOR, batch, compiled, net, owned, train
+from training import (
+    EAGER,
+    EXACT_LABELS,
+    INDUCTOR,
+    Saturated,
+    batch,
+    compiled,
+    integers,
+    net,
+    owned,
+    train,
+)
 
 import elmo_compile as elmo
 from elmo_compile.errors import OptionError
@@ -18,31 +29,6 @@ from elmo_compile.numerics.rounding import stochastic_round
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
-L, D, N = 320, 16, 12
-
-
-class Saturated(nn.Module):
-    """A head whose sigmoids are exactly 0 or 1, so that its weight gradient is exact integers."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        make = torch.Generator().manual_seed(0)
-        self.head = nn.Linear(D, L, bias=False)
-        with torch.no_grad():
-            self.head.weight.copy_(torch.randint(-2, 3, (L, D), generator=make) * 2.0**-3)
-            self.head.weight[:, 0] = torch.randint(0, 2, (L,), generator=make) * 2.0 - 1.0
-        elmo.convert_head(self, dtype)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(self.head(x), y, reduction="sum")
-
-
-def integers(i: int) -> tuple[Tensor, Tensor]:
-    """Integer features with a large first column, and dense targets."""
-    make = torch.Generator().manual_seed(i)
-    x = torch.randint(-3, 4, (N, D), generator=make).float()
-    x[:, 0] = 240.0 * (2 * torch.randint(0, 2, (N,), generator=make) - 1)
-    return x, torch.randint(0, 2, (N, L), generator=make).float()
 
 
 def stored(
@@ -63,7 +49,7 @@ def stored(
 
 @DTYPES
 def test_stored_weights_are_the_same_for_every_chunk_and_fused_or_not(dtype: torch.dtype) -> None:
-    want = stored(dtype, L)
+    want = stored(dtype, EXACT_LABELS)
     assert not torch.equal(want, Saturated(dtype).head.weight.float())
     for chunk in (1, 7, 64, 1000):
         assert torch.equal(stored(dtype, chunk), want)
@@ -79,7 +65,7 @@ def test_stored_weights_are_the_same_for_every_chunk_and_fused_or_not(dtype: tor
 @DTYPES
 def test_momentum_and_decay_round_the_same_fused_or_not(dtype: torch.dtype) -> None:
     hyper = {"momentum": 0.5, "weight_decay": 0.25, "nesterov": True}
-    want = stored(dtype, L, **hyper)
+    want = stored(dtype, EXACT_LABELS, **hyper)
     assert torch.equal(stored(dtype, 33, **hyper), want)
     assert torch.equal(stored(dtype, 64, fused=False, **hyper), want)
 

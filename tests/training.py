@@ -14,6 +14,7 @@ import elmo_compile as elmo
 EAGER = {"min_outputs": 32, "chunk_size": 16, "lower": "eager"}
 INDUCTOR = {"min_outputs": 32, "chunk_size": 16}
 LABELS, FEATURES, ROWS = 48, 8, 6
+EXACT_LABELS, EXACT_FEATURES, EXACT_ROWS = 320, 16, 12
 
 
 class Net(nn.Module):
@@ -114,3 +115,29 @@ def assert_same(model: nn.Module, twin: nn.Module, tolerance: float = 2e-6) -> N
             atol=tolerance,
             msg=lambda m, n=name: n + m,
         )
+
+
+class Saturated(nn.Module):
+    """A head whose sigmoids are exactly 0 or 1, so that its weight gradient is exact integers."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        make = torch.Generator().manual_seed(0)
+        shape = (EXACT_LABELS, EXACT_FEATURES)
+        self.head = nn.Linear(EXACT_FEATURES, EXACT_LABELS, bias=False)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.randint(-2, 3, shape, generator=make) * 2.0**-3)
+            signs = torch.randint(0, 2, (EXACT_LABELS,), generator=make) * 2.0 - 1.0
+            self.head.weight[:, 0] = signs
+        elmo.convert_head(self, dtype)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self.head(x), y, reduction="sum")
+
+
+def integers(seed: int) -> tuple[Tensor, Tensor]:
+    """Integer features with a large first column, and dense targets, for `Saturated`."""
+    make = torch.Generator().manual_seed(seed)
+    x = torch.randint(-3, 4, (EXACT_ROWS, EXACT_FEATURES), generator=make).float()
+    x[:, 0] = 240.0 * (2 * torch.randint(0, 2, (EXACT_ROWS,), generator=make) - 1)
+    return x, torch.randint(0, 2, (EXACT_ROWS, EXACT_LABELS), generator=make).float()

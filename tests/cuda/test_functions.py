@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import elmo_compile as elmo
-from elmo_compile.errors import InputError
 from elmo_compile.ops.device_flag import DeviceFlag
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -119,6 +118,11 @@ def test_a_flag_is_read_without_waiting_for_what_follows(no_host_reads):
         assert not flag.is_set()
 
 
-def test_wrong_labels_of_eager_multi_hot_are_not_waited_for(no_host_reads):
-    with no_host_reads(), pytest.raises(InputError):
-        elmo.multi_hot(torch.zeros(2, 2, device="cuda"), 5)  # a dtype, which the host knows
+def test_ids_of_a_dense_multi_hot_are_asserted_on_the_device(monkeypatch, no_host_reads):
+    asserted = []
+    monkeypatch.setattr(torch, "_assert_async", lambda right, message: asserted.append(right))
+    good, bad = (torch.tensor([[0, -1], [v, 2]]).to("cuda") for v in (4, 5))
+    with no_host_reads():
+        for ids in (good, bad):
+            elmo.multi_hot(ids, 5)
+    assert [bool(right) for right in asserted] == [True, False]

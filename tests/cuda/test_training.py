@@ -9,74 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from steps import BF16, FP8, KINDS, WITH_KERNELS, D, L, N, Net, batch, net, on_device
 from torch import Tensor, nn
+from training import Saturated, compiled, integers
 
 import elmo_compile as elmo
-from elmo_compile.errors import FusedUpdateError, InputError
 
-BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
-L, D, N = 520, 32, 10
 Step = Callable[..., Any]
-
-
-def focal(z: Tensor, y: Tensor) -> Tensor:
-    """A loss without kernels of its own."""
-    p = torch.sigmoid(z)
-    return -(y * (1 - p) ** 2 * F.logsigmoid(z) + (1 - y) * p**2 * F.logsigmoid(-z)).sum() / len(z)
-
-
-class Net(nn.Module):
-    """encoder -> head -> loss."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.encoder = nn.Linear(24, D)
-        self.head = nn.Linear(D, L)
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        z = self.head(torch.tanh(self.encoder(x)))
-        if self.kind == "ce":
-            return F.cross_entropy(z, labels[:, 0])
-        if self.kind == "ce, smoothed":
-            return F.cross_entropy(z, labels[:, 0], label_smoothing=0.1)
-        if self.kind == "bce, dense":
-            y = (torch.arange(L, device=z.device) % 7 == labels[:, :1] % 7).float()
-            return F.binary_cross_entropy_with_logits(z, y, reduction="sum") / len(z)
-        y = elmo.multi_hot(labels, L)
-        if self.kind == "focal":
-            return focal(z, y)
-        return F.binary_cross_entropy_with_logits(z, y, reduction="sum") / len(z)
-
-
-KINDS = ["bce", "bce, dense", "ce", "ce, smoothed", "focal"]
-WITH_KERNELS = ["bce", "bce, dense", "ce"]
-
-
-def net(kind: str) -> Net:
-    """A Net with weights that depend on nothing, on the CPU."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Net(kind)
-
-
-def batch(seed: int) -> tuple[Tensor, Tensor]:
-    """(inputs [N, 24], labels [N, 3]) on the CPU."""
-    make = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, L, (N, 3), generator=make)
-    return torch.randn(N, 24, generator=make), labels
-
-
-def on_device(seed: int) -> tuple[Tensor, Tensor]:
-    """`batch` on the device."""
-    x, labels = batch(seed)
-    return x.to("cuda"), labels.to("cuda")
-
-
-def compiled(model: nn.Module, options: dict[str, Any], **more: Any) -> Any:
-    """The model under the backend, nothing left over from other tests."""
-    torch._dynamo.reset()
-    return torch.compile(model, backend="elmo", options={**options, **more})
 
 
 def eager_run(kind: str, optimizer: Step, steps: int = 2) -> tuple[Net, list[float]]:
@@ -197,41 +136,21 @@ def test_low_precision_heads_train_as_on_a_cpu(kind, dtype, rounding, options):
     assert (got - want).norm() <= 0.2 * (want - start).norm()
 
 
-class Exact(nn.Module):
-    """Sigmoids of exactly 0 or 1, so that the weight's gradient is an exact integer."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        make = torch.Generator().manual_seed(0)
-        self.head = nn.Linear(D, L, bias=False)
-        with torch.no_grad():
-            self.head.weight.copy_(torch.randint(-2, 3, (L, D), generator=make) * 2.0**-3)
-            self.head.weight[:, 0] = torch.randint(0, 2, (L,), generator=make) * 2.0 - 1.0
-        elmo.convert_head(self, dtype)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(self.head(x), y, reduction="sum")
-
-
 @pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
 def test_stored_bits_do_not_depend_on_the_device(dtype, options):
     def run(device: str, chunk: int) -> Tensor:
-        model = Exact(dtype).to(device)
+        model = Saturated(dtype).to(device)
         step = compiled(model, options, chunk_size=chunk)
         opt = elmo.optim.SGD(model.parameters(), 2.0**-13)
         for seed in range(3):
-            make = torch.Generator().manual_seed(seed)
-            x = torch.randint(-3, 4, (N, D), generator=make).float()
-            x[:, 0] = 240.0 * (2 * torch.randint(0, 2, (N,), generator=make) - 1)
-            y = torch.randint(0, 2, (N, L), generator=make).float()
-            step(x.to(device), y.to(device)).backward()
+            step(*(t.to(device) for t in integers(seed))).backward()
             opt.step()
             opt.zero_grad()
         assert elmo.is_fused(model.head.weight)
         return model.head.weight.detach().cpu().view(torch.uint8)
 
     want = run("cpu", 256)
-    assert not torch.equal(want, Exact(dtype).head.weight.detach().view(torch.uint8))
+    assert not torch.equal(want, Saturated(dtype).head.weight.detach().view(torch.uint8))
     for chunk in (256, 100):
         assert torch.equal(run("cuda", chunk), want)
 
@@ -287,43 +206,6 @@ def test_the_loss_value(value, options):
     loss.backward()
     opt.step()
     assert loss.item() == pytest.approx(want, rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["bce", "ce"])
-@pytest.mark.parametrize("update_at", ["backward", "step"])
-def test_invalid_input_is_told_at_the_step_and_changes_nothing(kind, update_at, options):
-    model = net(kind).to("cuda")
-    step = compiled(model, options)
-    opt = elmo.optim.SGD(model.parameters(), 0.5, update_at=update_at)
-    start = net(kind).state_dict()
-    x, labels = on_device(0)
-    for bad_x, bad_labels in ((x, labels + L), (x * float("nan"), labels)):
-        step(bad_x, bad_labels).backward()
-        with pytest.raises(InputError, match="invalid"):
-            opt.step()
-        opt.zero_grad()
-        for name, value in model.state_dict().items():
-            assert torch.equal(value.cpu(), start[name]), name
-    step(x, labels).backward()
-    opt.step()
-    assert not torch.equal(model.head.weight.cpu(), start["head.weight"])
-    assert bool(torch.isfinite(model.head.weight).all())
-
-
-def test_what_no_kernel_guards_is_looked_at_before_the_step(options):
-    model = net("focal").to("cuda")
-    step = compiled(model, options)
-    opt = elmo.optim.SGD(model.parameters(), 0.5, update_at="step")
-    x, labels = on_device(0)
-    step(x, labels).backward()
-    opt.step()
-    opt.zero_grad()
-    before = copy.deepcopy(model.state_dict())
-    step(x * float("inf"), labels).backward()
-    with pytest.raises(InputError):
-        opt.step()
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
 
 
 def test_two_kinds_of_gradient_of_one_weight(options):
@@ -385,18 +267,6 @@ def test_clipping_over_parameters_of_two_devices(options):
         assert torch.allclose(got, want, atol=1e-6)
 
 
-def test_a_captured_graph_is_refused(options, monkeypatch):
-    model = net("bce").to("cuda")
-    step, opt = compiled(model, options), elmo.optim.SGD(model.parameters(), 0.5)
-    step(*on_device(0)).backward()
-    opt.step()
-    before = model.head.weight.detach().clone()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(FusedUpdateError, match="CUDA graph"):
-        step(*on_device(1)).backward()
-    assert torch.equal(model.head.weight, before)
-
-
 def test_a_number_written_into_logits(options):
     def loss(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
         z = F.linear(x, w)
@@ -413,19 +283,6 @@ def test_a_number_written_into_logits(options):
     assert len(elmo.last_report().matches) == 1
     for a, b in zip(got, want):
         assert (a.grad.cpu() - b.grad).abs().max() <= 2e-5 * b.grad.abs().max()
-
-
-def test_float64_is_left_to_torch(options):
-    model = net("ce").to("cuda", torch.float64)
-    x, labels = on_device(0)
-    loss = compiled(model, options)(x.double(), labels)
-    loss.backward()
-    assert loss.item() == pytest.approx(
-        net("ce").double()(batch(0)[0].double(), batch(0)[1]).item()
-    )
-    (refusal,) = elmo.last_report().refusals
-    assert "float64" in refusal.reason
-    assert model.head.weight.grad.dtype == torch.float64
 
 
 @pytest.mark.parametrize("kind", KINDS)

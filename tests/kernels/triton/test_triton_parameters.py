@@ -88,6 +88,15 @@ def test_unlike_parameters_take_a_launch_each_and_the_rest_is_left(
     ] * 2
 
 
+def test_bytes_of_e5m2_are_not_taken_for_e4m3(device: str) -> None:
+    ((w, grad, update),) = items_of("sgd", torch.bfloat16, [(5, 7)])
+    wide, narrow = w.to(device), w.to(device, torch.float8_e5m2)
+    rest = parameters.update_parameters([(narrow, grad.to(device), update, None)])
+    assert [item[0] is narrow for item in rest] == [True]
+    rest = parameters.update_parameters([(wide, grad.to(device, torch.float8_e5m2), update, None)])
+    assert [item[0] is wide for item in rest] == [True]
+
+
 @pytest.mark.parametrize("name", ["sgd", "adagrad"])
 def test_a_factor_on_the_gradient(name: str, device: str) -> None:
     """Clipping leaves the user's gradient as it is."""

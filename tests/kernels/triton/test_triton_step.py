@@ -261,3 +261,10 @@ def test_topk_matches_the_logits_and_ties_go_to_the_lower_index(
         assert torch.equal(indices, order.indices[:, :6])
     with pytest.raises(InputError, match="k=71"):
         family.topk(p.x_ND, p.w_LD, None, 71, 8, p.compute_dtype)
+
+
+def test_large_dense_targets_do_not_overflow_float16(device: str) -> None:
+    """Stored gradients are scaled up; those of targets that are no marks are scaled less."""
+    p = make("bce_dense", "fp16", num_rows=5, num_outputs=70)
+    p = moved(dataclasses.replace(p, target=p.target * 100), device)
+    check_step(p, device)
