@@ -10,6 +10,7 @@ A case is one head call's kernels as it launches them: chip, targets, stored, co
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.kernels.triton.configs import CHIPS
 from elmo_compile.kernels.triton.offline import Cubin, compile_call
 from elmo_compile.kernels.triton.parameters import update_parameters
+from elmo_compile.kernels.triton.records import records
 from elmo_compile.kernels.triton.row_blocks import fits_row_blocks
 from elmo_compile.numerics.losses import BCE, CE, LossSpec, Positives
 from elmo_compile.numerics.update import Update
@@ -187,9 +189,16 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
         grad = torch.empty_like(p.w_LD, dtype=torch.float32)
         assert update_parameters([(p.w_LD, grad, update_named(p, case.update), None)] * 2) == []
 
+    def numbers_on_device() -> None:
+        lr = torch.empty((), dtype=torch.float64, device="meta")
+        step = torch.empty((), dtype=torch.int64, device="meta")
+        update = update_named(p, case.update)
+        records([dataclasses.replace(update, lr=lr, step=step)], lr.device)
+
     # Partly compensated parameters take launches of their own, one by one.
     others: tuple[Callable[[], None], ...]
-    others = (topk,) if case.update == "kahan rows" else (topk, parameters)
+    others = (topk, numbers_on_device)
+    others = others if case.update == "kahan rows" else (*others, parameters)
     if fits_row_blocks(p, 64, True):
         others = (*others, row_blocks)
     every = (*calls(p, case.update), *others)

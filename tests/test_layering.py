@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "heads": {"ops", "optim", "numerics"},
     "distributed": {"ops", "heads", "optim", "numerics"},
     "lowering": set(),
-    "deferred": {"ops", "passes"},
+    "deferred": {"ops", "passes", "numerics"},
     "runtime": {"deferred", "lowering", "passes", "ops"},
     "backend": {"lowering", "runtime", "passes", "ops", "planner", "report"},
     "explain": {"backend", "report"},

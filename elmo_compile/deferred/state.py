@@ -11,6 +11,7 @@ from torch import Tensor
 from elmo_compile.deferred.origin import Origin
 from elmo_compile.deferred.step import Step
 from elmo_compile.errors import StaleLogitsError
+from elmo_compile.numerics.capture import capturing
 from elmo_compile.ops.kept import watch
 
 
@@ -24,6 +25,9 @@ class State:
         self.fake = fake
         """Shape, strides and dtype."""
         self._values: Tensor | None = None
+        self.in_graph = capturing(fake.device)
+        """Made while a CUDA graph was captured: what is computed then its replays compute again;
+        what is computed later is not kept, since they change what it was computed from."""
         self.losses: list[tuple[Tensor, list[Step]]] = []
         """Losses streamed from this state, and the steps from here to each."""
 
@@ -39,10 +43,13 @@ class State:
 
     def real(self) -> Tensor:
         """The values, made now if need be. Raises StaleLogitsError if that is too late."""
-        if self._values is None:
-            with torch.no_grad():
-                self._values = self._make()
-        return self._values
+        if self._values is not None:
+            return self._values
+        with torch.no_grad():
+            made = self._make()
+        if not self.in_graph or capturing(made.device):
+            self._values = made
+        return made
 
     def recipe(self) -> tuple[State, list[Step]]:
         """The root, and every step behind it."""
@@ -91,6 +98,12 @@ class Root(State):
 
     def check(self) -> None:
         """Raise StaleLogitsError if the values can no longer be made."""
+        if self.in_graph and not capturing(self.fake.device):
+            raise StaleLogitsError(
+                "the logits were deferred while a CUDA graph was captured, and were not read then: "
+                "replays do not make them. Read them, or what you need of them, before the capture "
+                "ends"
+            )
         if self.stale:
             raise StaleLogitsError(
                 "the logits were deferred, and the weights they are made from have changed since "
@@ -109,6 +122,7 @@ class Root(State):
             elif self.stale:
                 return None
             else:
+                self.check()
                 self._top = self.origin.top(self.inputs)
         return self._top
 

@@ -15,7 +15,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from elmo_compile.errors import FusedUpdateError
 from elmo_compile.numerics.blockwise import Blockwise
+from elmo_compile.numerics.capture import capturing
 from elmo_compile.numerics.formats import StorageFormat
 from elmo_compile.numerics.philox import MOMENTUM, SECOND_MOMENT
 
@@ -37,7 +39,7 @@ class Rates(NamedTuple):
     """The decay of the second moment (AdamW's: debiased); Lion's of its moment."""
     eps: float = 0.0
     error: float = 0.0
-    """ECO's factor `(1 - 1/beta1) / lr` on the rounding error; 0 where lr is 0."""
+    """ECO's factor on the rounding error (`eco_factor`)."""
 
 
 class Form(NamedTuple):
@@ -53,16 +55,19 @@ class Update:
     """One update of one weight: hyper-parameters as they are now, state, rounding counters."""
 
     rule: RuleName = "sgd"
-    lr: float
+    lr: float | Tensor
+    """A float64 scalar on the weight's device is read there, when the update happens."""
+    lr_share: int = 1
+    """How many updates share one rate: each has `lr / lr_share`."""
     weight_decay: float = 0.0
     beta1: float = 0.0
     beta2: float = 0.0
+    debias: bool = False
+    """Take `debiased` betas of this step."""
     eps: float = 0.0
     nesterov: bool = False
     eco: bool = False
     """Add the weight's rounding error to the first state (ECO): no master weights are missed."""
-    error: float = 0.0
-    """See `Rates.error`."""
     state: tuple[Tensor | Blockwise, ...] = ()
     """Shaped like the weight: SGD's momentum (or nothing), AdamW's m and v, Lion's m. Adagrad's is
     one float32 number a row. float32, bfloat16 (always rounded stochastically: with rounding to
@@ -77,17 +82,46 @@ class Update:
     seed: int = 0
     param_id: int = 0
     """Stable 32-bit stream of this parameter, saved in the optimizer's state."""
-    step: int = 0
-    """How many updates this parameter has had before this one (the first update has step 0)."""
+    step: int | Tensor = 0
+    """How many updates this parameter has had before this one (the first update has step 0); an
+    int64 scalar on the weight's device, as `lr`."""
     row_offset: int = 0
     """First row of this tensor in the unsharded stored tensor."""
 
     @property
+    def on_device(self) -> bool:
+        """Whether rate and step are the device's: a CUDA graph may be captured, and its replays
+        are further updates."""
+        return isinstance(self.step, Tensor)
+
+    def on_host(self) -> Update:
+        """The same with rate and step as numbers, for which the host waits.
+
+        Raises:
+            FusedUpdateError: a CUDA graph is being captured.
+        """
+        if not self.on_device:
+            return self
+        assert isinstance(self.step, Tensor)
+        if capturing(self.step.device):
+            raise FusedUpdateError(
+                "a CUDA graph is being captured with an update that must know its step on the "
+                "host: of a loss without kernels of its own, a float64, complex, sparse or "
+                "8-bit ordinary parameter, or two uses of one head. Leave it out of the capture"
+            )
+        return dataclasses.replace(self, lr=float(self.lr), step=int(self.step))
+
+    @property
     def rates(self) -> Rates:
-        """The numbers."""
-        return Rates(
-            float(self.lr), self.weight_decay, self.beta1, self.beta2, self.eps, self.error
-        )
+        """The numbers. Not of an update `on_device`."""
+        assert not isinstance(self.lr, Tensor), "on_host() comes first"
+        assert not isinstance(self.step, Tensor), "on_host() comes first"
+        lr = float(self.lr) / self.lr_share
+        beta1, beta2 = self.beta1, self.beta2
+        if self.debias:
+            beta1, beta2 = debiased(beta1, self.step), debiased(beta2, self.step)
+        error = eco_factor(lr, self.beta1) if self.eco else 0.0
+        return Rates(lr, self.weight_decay, beta1, beta2, self.eps, error)
 
     @property
     def form(self) -> Form:
@@ -228,5 +262,5 @@ def debiased(beta: float, step: int) -> float:
 
 
 def eco_factor(lr: float, beta1: float) -> float:
-    """`Rates.error` of ECO."""
+    """`(1 - 1/beta1) / lr` of ECO, beta1 as given; 0 where lr is 0."""
     return (1.0 - 1.0 / beta1) / lr if lr else 0.0

@@ -1,7 +1,8 @@
 """What rounding does to a weight, counted on a sample of its rows now and then.
 
 Cheap enough to be always on: some rows are copied before an update and compared after it. Nothing
-waits for a device; numbers are read when they are asked for.
+waits for a device; numbers are read when they are asked for. Replays of a CUDA graph are not
+counted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from elmo_compile.numerics.capture import capturing
 from elmo_compile.numerics.formats import format_of, is_narrow
 
 _EVERY, _ROWS = 64, 256
@@ -24,6 +26,7 @@ class Counters:
     def before(self, w_LD: Tensor, updates: int) -> None:
         """Look at the weight that update number `updates` is about to change."""
         wanted = updates % _EVERY == 0 and is_narrow(w_LD.dtype) and w_LD.numel() > 0
+        wanted = wanted and not capturing(w_LD.device)
         self._before = _sample(w_LD).clone() if wanted else None
 
     def after(self, w_LD: Tensor) -> None:

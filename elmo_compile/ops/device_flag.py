@@ -1,9 +1,15 @@
-"""A flag that kernels on a GPU set, read by the host without draining the stream."""
+"""A flag that kernels on a GPU set, read by the host without draining the stream.
+
+In a CUDA graph the host reads nothing: what is added stays on the device (`captured`), and the rest
+of the captured step obeys it.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from elmo_compile.numerics.capture import capturing
 
 
 class DeviceFlag:
@@ -15,9 +21,15 @@ class DeviceFlag:
 
     def __init__(self) -> None:
         self._on_host: list[tuple[Tensor, torch.cuda.Event]] = []
+        self.captured: list[Tensor] = []
+        """What was added while a CUDA graph was captured: int32 scalars of that graph."""
 
     def add(self, flag: Tensor) -> None:
         """Add an int32 scalar on a CUDA device, as it is at this point of the current stream."""
+        if capturing(flag.device):
+            self.captured.append(flag)
+            return
+        self.captured = []  # of a capture that was given up
         on_host = torch.empty((), dtype=torch.int32, device="cpu", pin_memory=True)
         on_host.copy_(flag, non_blocking=True)
         stream = torch.cuda.current_stream(flag.device)
@@ -31,4 +43,4 @@ class DeviceFlag:
 
     def clear(self) -> None:
         """Forget them."""
-        self._on_host = []
+        self._on_host, self.captured = [], []

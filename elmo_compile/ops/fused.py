@@ -17,6 +17,7 @@ from torch import Tensor
 
 from elmo_compile.errors import FusedUpdateError, InputError
 from elmo_compile.kernels.problem import HeadProblem
+from elmo_compile.numerics.capture import capturing
 from elmo_compile.numerics.losses import CE, LossSpec
 from elmo_compile.ops.call import (
     labels_out_of_range,
@@ -31,8 +32,9 @@ from elmo_compile.ops.owners import Owner, new_serial, owner_by_key
 from elmo_compile.ops.second_pass import keep_head
 
 UNCAPTURED = (torch.Tag.cudagraph_unsafe,)
-"""Tags of ops with a fused update: a replayed CUDA graph would repeat the rate, the step and the
-random bits it was captured with, and count nothing. Inductor leaves them out of its graphs."""
+"""Tags of ops with a fused update, which Inductor leaves out of its own CUDA graphs: a replay would
+not tell the owner on the host what these ops do (which loss is filled in, that a weight changed).
+"""
 
 
 class Anchor(torch.autograd.Function):
@@ -55,14 +57,14 @@ def open_call(owner: Owner) -> tuple[Tensor, Tensor, Tensor]:
     """(anchor, handle, sink) for one forward through a fused head, made outside the graph.
 
     Raises:
-        FusedUpdateError: a CUDA graph is being captured.
+        FusedUpdateError: a CUDA graph is being captured, of an optimizer without capturable=True.
     """
-    if owner.param.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(owner.param.device) and not owner.policy().capturable:
         raise FusedUpdateError(
             f"a CUDA graph is being captured, but its replays would update the head weight "
-            f"{owner.name} with the rate, the step and the random bits of the capture. Capture the "
-            'encoder alone (torch.compile(mode="reduce-overhead") does), or construct the '
-            "optimizer with fused=False"
+            f"{owner.name} with the rate, the step and the random bits of the capture. Construct "
+            "the optimizer with capturable=True, or capture the encoder alone "
+            '(torch.compile(mode="reduce-overhead") does)'
         )
     owner.in_use = True
     owner.accumulate_node = torch.autograd.graph.get_gradient_edge(owner.param).node
@@ -208,7 +210,7 @@ def fused_head_loss_backward(
         owner.check_ticket(ticket)
         guard = _guard(owner, problem, target, target_aux, scale_N, deferred=need_value)
         update = owner.next_update()
-        with owner.applying(serial):
+        with owner.applying(serial, **guard):
             dx, db, rows_N = family.backward_update(
                 problem,
                 stats,

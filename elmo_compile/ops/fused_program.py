@@ -112,9 +112,9 @@ def fused_head_program_backward(
             )
     else:
         owner.check_ticket(ticket)
+        update = owner.next_update().on_host()
         for given in (x, *tangents):
             check_finite(owner, "features" if given is x else "upstream gradient", given)
-        update = owner.next_update()
         with owner.applying():
             made = backward(
                 found, products, arguments, chunk, need_dx=[need_dx], need_dw=[True],

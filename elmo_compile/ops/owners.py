@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from elmo_compile.errors import FusedUpdateError, InputError
+from elmo_compile.numerics.capture import capturing
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.counters import Counters
 from elmo_compile.ops.device_flag import DeviceFlag
@@ -45,6 +46,8 @@ class Policy(NamedTuple):
     """What several backwards before a step mean: see the optimizers."""
     clips: bool = False
     """The gradient's norm will be asked for."""
+    capturable: bool = False
+    """Rate and step are the device's: a CUDA graph may hold the update."""
 
 
 class Owner:
@@ -60,8 +63,8 @@ class Owner:
         self.key = next(_keys)
         self.next_update = next_update
         """Reads the hyper-parameters now and returns the update to apply; counts nothing."""
-        self.on_update: Callable[[], None] = lambda: None
-        """Called after an update was applied."""
+        self.on_update: Callable[[Tensor | None], None] = lambda guard: None
+        """Called after an update was applied, unless the device finds that `guard` is not zero."""
         self.policy: Callable[[], Policy] = Policy
         """Reads how the weight is to be updated now."""
         self.kept: list[Kept] = []
@@ -212,8 +215,20 @@ class Owner:
     def check_invalid(self) -> None:
         """Raise InputError if, on CUDA, an invalid input kept an update from being applied.
 
-        Waits until the device has looked at the head's inputs, not for what follows them.
+        Waits until the device has looked at the head's inputs, not for what follows them. While a
+        CUDA graph is captured nothing is known yet.
+
+        Raises:
+            FusedUpdateError: the backward is in a CUDA graph that `opt.step()` is not in.
         """
+        if capturing(self.param.device):
+            return
+        if self.invalid.captured:
+            raise FusedUpdateError(
+                f"backward() of the head weight {self.name} was captured in a CUDA graph, and "
+                "opt.step() is called outside it. Capture both in one graph: the rest of a step "
+                "must not be applied where the head's input was invalid"
+            )
         wrong = self.invalid.is_set()
         self.invalid.clear()
         if wrong:
@@ -276,29 +291,35 @@ class Owner:
         """The squared norm of the kept gradient, float64. `settle` comes first."""
         return squared_norm(self.kept, self.param.detach())
 
-    def apply_kept(self, factor: Any = None) -> None:
-        """Update the weight from what was kept, its gradient times `factor`."""
+    def apply_kept(self, factor: Any = None, guard: Tensor | None = None) -> None:
+        """Update the weight from what was kept, its gradient times `factor`.
+
+        Args:
+            guard: None, or one int32 on the device (CUDA): not zero leaves everything as it is.
+        """
         if not self.kept:
             return
         update = self.next_update()
         for one in self.kept:
             if factor is not None:
                 one.times_(factor.to(self.param.device))
-        with self.applying():
-            apply(self.kept, self.param.detach(), update)
+        with self.applying(guard=guard):
+            apply(self.kept, self.param.detach(), update, guard=guard)
         self.forget_kept()
 
     def close_step(self) -> None:
         """`opt.step()` is over: the next backward may come."""
         self.pending = False
+        self.invalid.clear()
         self.forget_kept()
 
     @contextmanager
-    def applying(self, serial: int | None = None) -> Iterator[None]:
+    def applying(self, serial: int | None = None, guard: Tensor | None = None) -> Iterator[None]:
         """Around the writes of one update: marks the weight inconsistent if they do not finish.
 
         Args:
             serial: of the call whose backward this is.
+            guard: None, or one int32 on the device: not zero leaves everything as it is.
         """
         self.filling = serial
         about_to_change(self.param)
@@ -312,7 +333,7 @@ class Owner:
         self.replaced_by_unowned = False
         self._open_losses.clear()
         self._held.clear()
-        self.on_update()
+        self.on_update(guard)
         self.inconsistent = False
 
 

@@ -12,7 +12,7 @@ from elmo_compile.numerics.update import Update
 Item = tuple[Tensor, Tensor, Update, Tensor | None]
 
 
-def update_matrices(items: Sequence[Item]) -> None:
+def update_matrices(items: Sequence[Item], guard: Tensor | None = None) -> None:
     """Update contiguous matrices [R, D] in place from their gradients.
 
     On CUDA all matrices that one kernel can take go in one launch for each kind of update; on a
@@ -21,6 +21,11 @@ def update_matrices(items: Sequence[Item]) -> None:
     Args:
         items: (weight, gradient, update, None or a scalar that multiplies the gradient); the
             update's state is shaped like the weight.
+        guard: None, or one int32 on the device (CUDA): not zero leaves everything as it is.
+
+    Raises:
+        FusedUpdateError: a CUDA graph is being captured, and a matrix is for no kernel. Nothing
+            was modified.
     """
     by_device: dict[torch.device, list[Item]] = {}
     for item in items:
@@ -30,10 +35,11 @@ def update_matrices(items: Sequence[Item]) -> None:
         if device.type == "cuda":
             from elmo_compile.kernels.triton.parameters import update_parameters
 
-            group = update_parameters(group)
+            group = update_parameters(group, None if guard is None else guard.to(device))
         from elmo_compile.kernels.aten.chunk_update import update_rows
 
         for w_RD, grad_RD, update, factor in group:
+            update = update.on_host()
             update_rows(w_RD, grad_RD, update, 1.0 if factor is None else float(factor))
 
 

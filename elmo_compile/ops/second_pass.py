@@ -291,10 +291,12 @@ def apply(
     w_LD: Tensor,
     update: Update,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    guard: Tensor | None = None,
 ) -> None:
     """Update a weight in place from the sum of kept gradients.
 
     Args:
+        guard: None, or one int32 on the device (CUDA): not zero leaves everything as it is.
         reduce: what sums a chunk of dw over processes, where rows could not be gathered.
     """
     from elmo_compile import kernels
@@ -307,5 +309,6 @@ def apply(
         return
     p = dataclasses.replace(one.problem, w_LD=w_LD)
     kernels.select(w_LD.device).backward_update(
-        p, one.stats_2N, one.scale_N, update, need_dx=False, need_db=False
-    )
+        p, one.stats_2N, one.scale_N, update, need_dx=False, need_db=False,
+        **({} if guard is None else {"guard": guard}),
+    )  # fmt: skip

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from elmo_compile.errors import FusedUpdateError, InputError, OptionError
 from elmo_compile.numerics.blockwise import Blockwise
+from elmo_compile.numerics.capture import capturing
 from elmo_compile.numerics.philox import ROUNDING_VERSION
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.owners import Owner, Policy, owner_of, register, unregister
 from elmo_compile.optim import guards, options, state, whole
+from elmo_compile.optim.on_device import count, rate_of, step_of
 from elmo_compile.optim.ordinary import Gradient, apply_updates, check_updates
 
 _INNER = {"params", "param_ids", "param_names", "rounding_version"}
@@ -37,8 +39,8 @@ class HeadOptimizer(torch.optim.Optimizer):
         self._owners: list[Owner] = []
         self._next_id = 0
         self._warned = self._stepped = False
-        self.skipped_steps = 0
-        """Steps that `nonfinite="skip"` left out."""
+        self._skipped = 0
+        self._skipped_in_graphs: Tensor | None = None
         super().__init__(params, defaults)
 
     # What a rule is
@@ -47,8 +49,8 @@ class HeadOptimizer(torch.optim.Optimizer):
         """Names of the state tensors, in the order of `Update.state`."""
         raise NotImplementedError
 
-    def _rule(self, group: dict[str, Any], step: int, lr: float) -> dict[str, Any]:
-        """The rule's fields of the update that is number `step` of a parameter."""
+    def _rule(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The rule's fields of an update."""
         raise NotImplementedError
 
     def _slot(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor | Blockwise:
@@ -90,6 +92,13 @@ class HeadOptimizer(torch.optim.Optimizer):
         """
         return {o.name: o.counters.shares(o.updates) for o in self._owners if o.in_use}
 
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were left out: by `nonfinite="skip"`, and replays of a CUDA graph that were
+        given something invalid (for which the host waits)."""
+        in_graphs = 0 if self._skipped_in_graphs is None else int(self._skipped_in_graphs)
+        return self._skipped + in_graphs
+
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]
         for number, group in enumerate(self.param_groups):
@@ -117,40 +126,61 @@ class HeadOptimizer(torch.optim.Optimizer):
                 else is updated. Clear the gradients and go on.
         """
         loss = self._evaluate(closure) if closure is not None else None
+        captured = self._prepare_capture()
+        guard: Tensor | None = None
         with torch.no_grad():
             try:
                 for owner in self._owners:
                     owner.check_step()
                 gradients = whole.Gradients(self._members(), self._owners)
-                skips = gradients.must_skip()
+                if captured:
+                    guard, skips = gradients.wrong_on_device(self._owners), False
+                else:
+                    skips = gradients.must_skip()
             except InputError:
                 for owner in self._owners:
                     owner.pending = False  # the next backward may come
                 raise
             if skips:
-                self.skipped_steps += 1
+                self._skipped += 1
             else:
-                self._apply(gradients.clip_factors())
+                self._apply(gradients.clip_factors(), guard)
+            if guard is not None and self._skipped_in_graphs is not None:
+                self._skipped_in_graphs += guard
         for owner in self._owners:
             owner.close_step()
         self._warn_if_nothing_fused()
         return loss
 
-    def _apply(self, factors: dict[int, Tensor]) -> None:
-        """Update everything; gradients of a group are multiplied by its factor."""
+    def _prepare_capture(self) -> bool:
+        """Whether this step is captured in a CUDA graph; else make what such a step writes to."""
+        on_device = [m.param for m in self._members() if m.param.is_cuda]
+        if not on_device:
+            return False
+        captured = capturing(on_device[0].device)
+        if self._skipped_in_graphs is None and not captured:
+            self._skipped_in_graphs = torch.zeros((), dtype=torch.int64, device=on_device[0].device)
+        return captured
+
+    def _apply(self, factors: dict[int, Tensor], guard: Tensor | None = None) -> None:
+        """Update everything; gradients of a group are multiplied by its factor.
+
+        Args:
+            guard: None, or one int32 on the device: not zero leaves everything as it is.
+        """
         kept = {id(owner.param) for owner in self._owners if owner.kept}
-        items = [
-            Gradient(m.param, m.param.grad, self._update(*m), factors.get(id(m.group)))
-            for m in self._members()
-            if m.param.grad is not None and id(m.param) not in kept
-        ]
+        items, counted = [], []
+        for m in self._members():
+            if m.param.grad is not None and id(m.param) not in kept:
+                factor = factors.get(id(m.group))
+                items.append(Gradient(m.param, m.param.grad, self._update(*m), factor))
+                counted.append((self.state[m.param], m.group, m.param))
         check_updates(items)
         # Heads first: their second pass reads biases as they were.
         for owner in self._owners:
-            owner.apply_kept(factors.get(id(self._find(owner.param).group)))
-        apply_updates(items)
-        for item in items:
-            self._count(item.param)
+            owner.apply_kept(factors.get(id(self._find(owner.param).group)), guard)
+        apply_updates(items, guard)
+        count(counted, guard)
 
     def _evaluate(self, closure: Callable[[], float]) -> float:
         """The closure's loss, unless it would run a fused backward."""
@@ -188,7 +218,11 @@ class HeadOptimizer(torch.optim.Optimizer):
         """As torch.optim; holds rounding streams and counters, so that a resumed run continues."""
         for owner in self._owners:
             owner.check_consistent()
-        return super().state_dict()
+        saved = super().state_dict()
+        for held in saved["state"].values():
+            if isinstance(held.get("step"), Tensor):
+                held["step"] = held["step"].clone()  # on a device it is counted in place
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim; how to update (`fused`, `update_at`, ...) stays as constructed.
@@ -221,14 +255,13 @@ class HeadOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     home = torch.device("cpu") if name == "step" else param.device
-                    moved = value.detach().to(home)
-                    self.state[param][name] = moved.clone() if moved is value else moved
+                    self.state[param][name] = value.detach().to(home, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if not hasattr(self, "_owners"):
             self._owners, self._warned, self._stepped = [], False, False
-            self.skipped_steps = 0
+            self._skipped, self._skipped_in_graphs = 0, None
         ids = [i for group in self.param_groups for i in group["param_ids"]]
         self._next_id = 1 + max(ids, default=-1)
         self._register()
@@ -257,7 +290,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         # The registry must not keep a discarded optimizer alive.
         me, this = weakref.ref(self), weakref.ref(param)
         owner = Owner(param, name, lambda: _alive(me)._update(*_alive(me)._find(_alive(this))))
-        owner.on_update = lambda: _alive(me)._count(_alive(this))
+        owner.on_update = lambda guard: _alive(me)._count(_alive(this), guard)
         owner.policy = lambda: _policy(_alive(me)._find(_alive(this)).group)
         register(owner)
         return owner
@@ -275,14 +308,13 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], param: Tensor, param_id: int) -> Update:
         """The next update of a parameter, with the state it needs (made here at first)."""
-        held = self.state[param]
-        step, lr = int(held.get("step", 0)), float(group["lr"])
-        if group["accumulate"] == "step_each" and not options.scales_with_gradient(group):
-            lr /= group["micro_batches"]
+        step, lr = step_of(self.state[param], group, param), rate_of(group, param)
+        shares = group["accumulate"] == "step_each" and not options.scales_with_gradient(group)
         tensors = [self._slot(name, param, group) for name in self._slots(group)]
         rounding, compensation, rows = self._compensation(group, param)
         return Update(
             lr=lr,
+            lr_share=group["micro_batches"] if shares else 1,
             weight_decay=group["weight_decay"],
             state=tuple(tensors),
             compensation=compensation,
@@ -291,7 +323,7 @@ class HeadOptimizer(torch.optim.Optimizer):
             seed=group["seed"],
             param_id=param_id,
             step=step,
-            **self._rule(group, step, lr),
+            **self._rule(group),
         )
 
     def _compensation(
@@ -314,11 +346,8 @@ class HeadOptimizer(torch.optim.Optimizer):
                 held[name] = held[name].to(param.device)
         return other, held["compensation"], held.get("kahan_rows")
 
-    def _count(self, param: Tensor) -> None:
-        held = self.state[param]
-        # A tensor, since distributed checkpoints restore nothing else; a new one, since a state
-        # dict that was taken holds the old.
-        held["step"] = torch.tensor(int(held.get("step", 0)) + 1, device="cpu")
+    def _count(self, param: Tensor, guard: Tensor | None = None) -> None:
+        count([(self.state[param], self._find(param).group, param)], guard)
 
     def _warn_if_nothing_fused(self) -> None:
         first, self._stepped = not self._stepped, True
@@ -343,6 +372,7 @@ def _policy(group: dict[str, Any]) -> Policy:
         at_step=group["update_at"] == "step",
         accumulate=group["accumulate"],
         clips=group["max_norm"] is not None,
+        capturable=group["capturable"],
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from elmo_compile.errors import OptionError
 from elmo_compile.optim.state import DTYPES
 
-HOW = ("fused", "update_at", "accumulate", "micro_batches", "max_norm", "nonfinite")
+HOW = ("fused", "update_at", "accumulate", "micro_batches", "max_norm", "nonfinite", "capturable")
 """Entries of a group that say how to update, not by how much: they stay as constructed."""
 ROUNDINGS = ("stochastic", "nearest", "kahan")
 ACCUMULATE = ("error", "stash", "step_each", "materialize")
@@ -51,7 +51,6 @@ ELSEWHERE = {
     "maximize": "the negative loss",
     "dampening": "torch.optim.SGD",
     "differentiable": "torch.optim",
-    "capturable": "torch.optim",
     "foreach": "nothing: parameters that are alike are updated in one launch",
     "lr_decay": "torch.optim.lr_scheduler",
 }
@@ -72,6 +71,7 @@ def check_group(group: dict[str, Any]) -> None:
     number("weight_decay", group["weight_decay"])
     choice("rounding", group["rounding"], ROUNDINGS)
     choice("fused", group["fused"], (True, False))
+    choice("capturable", group["capturable"], (True, False))
     integer("seed", group["seed"], 32)
     if "momentum" in group:
         number("momentum", group["momentum"], below=1.0)

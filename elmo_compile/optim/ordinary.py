@@ -37,8 +37,12 @@ def check_updates(items: Iterable[Gradient]) -> None:
             _check_sparse(item.update)
 
 
-def apply_updates(items: Iterable[Gradient]) -> None:
-    """Update parameters in place. `check_updates` comes first."""
+def apply_updates(items: Iterable[Gradient], guard: Tensor | None = None) -> None:
+    """Update parameters in place. `check_updates` comes first.
+
+    Args:
+        guard: None, or one int32 on the device (CUDA): not zero leaves everything as it is.
+    """
     matrices = []
     for item in items:
         if item.grad.is_sparse:
@@ -46,7 +50,7 @@ def apply_updates(items: Iterable[Gradient]) -> None:
         else:
             matrices.append(_Matrix(*item[:3]))
             matrices[-1].factor = item.factor
-    update_matrices([(m.w_RD, m.grad_RD, m.update, m.factor) for m in matrices])
+    update_matrices([(m.w_RD, m.grad_RD, m.update, m.factor) for m in matrices], guard)
     for matrix in matrices:
         matrix.write_back()
 

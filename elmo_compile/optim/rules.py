@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from elmo_compile.numerics.update import Rounding, debiased, eco_factor
+from elmo_compile.numerics.update import Rounding
 from elmo_compile.optim.base import HeadOptimizer
 
 Accumulate = Literal["error", "stash", "step_each", "materialize"]
@@ -106,21 +106,16 @@ class SGD(HeadOptimizer):
         micro_batches: int = 1,
         max_norm: float | None = None,
         nonfinite: Literal["error", "skip"] = "error",
+        capturable: bool = False,
     ) -> None:
         super().__init__(params, _defaults(locals()))
 
     def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _rule(self, group: dict[str, Any], step: int, lr: float) -> dict[str, Any]:
-        momentum, eco = group["momentum"], group["eco"]
-        return {
-            "rule": "sgd",
-            "beta1": momentum,
-            "nesterov": group["nesterov"],
-            "eco": eco,
-            "error": eco_factor(lr, momentum) if eco else 0.0,
-        }
+    def _rule(self, group: dict[str, Any]) -> dict[str, Any]:
+        momentum, nesterov, eco = group["momentum"], group["nesterov"], group["eco"]
+        return {"rule": "sgd", "beta1": momentum, "nesterov": nesterov, "eco": eco}
 
 
 @_documented(
@@ -158,22 +153,17 @@ class AdamW(HeadOptimizer):
         micro_batches: int = 1,
         max_norm: float | None = None,
         nonfinite: Literal["error", "skip"] = "error",
+        capturable: bool = False,
     ) -> None:
         super().__init__(params, _defaults(locals()))
 
     def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
 
-    def _rule(self, group: dict[str, Any], step: int, lr: float) -> dict[str, Any]:
-        (beta1, beta2), eco = group["betas"], group["eco"]
-        return {
-            "rule": "adamw",
-            "beta1": debiased(beta1, step),
-            "beta2": debiased(beta2, step),
-            "eps": group["eps"],
-            "eco": eco,
-            "error": eco_factor(lr, beta1) if eco else 0.0,
-        }
+    def _rule(self, group: dict[str, Any]) -> dict[str, Any]:
+        (beta1, beta2), eps, eco = group["betas"], group["eps"], group["eco"]
+        betas = {"beta1": beta1, "beta2": beta2, "debias": True}
+        return {"rule": "adamw", **betas, "eps": eps, "eco": eco}
 
 
 @_documented(
@@ -208,13 +198,14 @@ class Lion(HeadOptimizer):
         micro_batches: int = 1,
         max_norm: float | None = None,
         nonfinite: Literal["error", "skip"] = "error",
+        capturable: bool = False,
     ) -> None:
         super().__init__(params, _defaults(locals()))
 
     def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg",)
 
-    def _rule(self, group: dict[str, Any], step: int, lr: float) -> dict[str, Any]:
+    def _rule(self, group: dict[str, Any]) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
         return {"rule": "lion", "beta1": beta1, "beta2": beta2}
 
@@ -251,13 +242,14 @@ class Adagrad(HeadOptimizer):
         micro_batches: int = 1,
         max_norm: float | None = None,
         nonfinite: Literal["error", "skip"] = "error",
+        capturable: bool = False,
     ) -> None:
         super().__init__(params, _defaults(locals()))
 
     def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("sum",)
 
-    def _rule(self, group: dict[str, Any], step: int, lr: float) -> dict[str, Any]:
+    def _rule(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"rule": "adagrad", "eps": group["eps"]}
 
     def _slot(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:

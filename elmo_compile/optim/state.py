@@ -66,7 +66,7 @@ def slot(
 
 
 def _blockwise_slot(held: dict[str, Any], name: str, param: Tensor, signed: bool) -> Blockwise:
-    table, scales = _table(signed).to(param.device), f"{name}_scale"
+    table, scales = _table(signed, param.device), f"{name}_scale"
     if name not in held:
         blocks = param.numel() // _block_size(param)
         zero = int((table == 0).nonzero()[0, 0])
@@ -78,11 +78,11 @@ def _blockwise_slot(held: dict[str, Any], name: str, param: Tensor, signed: bool
 
 
 @functools.cache
-def _table(signed: bool) -> Tensor:
+def _table(signed: bool, device: torch.device) -> Tensor:
     """The 256 values of the dynamic 8-bit type, ascending, as torchao has them."""
     from torchao.optim.quant_utils import create_dynamic_map
 
-    return torch.tensor(create_dynamic_map(signed=signed))
+    return torch.tensor(create_dynamic_map(signed=signed), device=device)
 
 
 def _takes_8bit(param: Tensor) -> bool:

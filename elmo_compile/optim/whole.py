@@ -32,6 +32,22 @@ class Gradients:
             if p.grad is not None and id(p) not in by_param
         ]
 
+    def wrong_on_device(self, owners: Iterable[Owner]) -> Tensor | None:
+        """In a CUDA graph: int32, 1 if this step is to change nothing; None if it always may.
+
+        That is where a head's input was invalid, in this step's backward or in what it kept, and
+        where a gradient with nonfinite="skip" is not finite.
+        """
+        flags = [flag for owner in owners for flag in owner.invalid.captured]
+        flags += [owner.wrong() for _, owner in self.kept]
+        for group, grad in self.dense:
+            if group["nonfinite"] == "skip":
+                flags.append(~torch.isfinite(grad).all())
+        if not flags:
+            return None
+        home = flags[0].device
+        return torch.stack([flag.to(home, torch.int32) for flag in flags]).amax()
+
     def must_skip(self) -> bool:
         """Whether this step changes nothing, as a gradient with nonfinite="skip" is not finite.
 

@@ -4,6 +4,10 @@
 // thread included. Operations that mix devices are refused as CUDA refuses them, and so is, where a
 // test asks for that, every read of a device's value by the host, which on a GPU would wait.
 //
+// A captured graph is a list of operations with the very memory they were given. Between
+// `capture(true)` and `capture(false)` they run as always, so that what follows has values; then all
+// memory gets its former contents back, as if they had not. `replay` runs them again.
+//
 // To be loaded before libtorch, which asks once whether there is a CUDA (host_cuda.py does).
 
 #include <ATen/ATen.h>
@@ -17,14 +21,38 @@
 #include <torch/library.h>
 
 #include <cstdlib>
+#include <mutex>
+#include <set>
 #include <string>
 
 namespace {
 
 const c10::Device kDevice(c10::DeviceType::CUDA, 0);
 bool may_read = true;
+bool capturing = false;
 
-void host_reads() { TORCH_CHECK(may_read, "the host waits for the device"); }
+void host_reads() {
+  TORCH_CHECK(!capturing, "operation not permitted when stream is capturing: the host reads");
+  TORCH_CHECK(may_read, "the host waits for the device");
+}
+
+// All memory of the device, for a capture to give it back its contents.
+std::mutex storages_mutex;
+std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> storages;
+struct Contents {
+  c10::Storage storage;
+  std::vector<char> bytes;
+};
+std::vector<Contents> before;
+
+at::Tensor known(at::Tensor t) {
+  std::lock_guard<std::mutex> lock(storages_mutex);
+  if (storages.size() > 100000) {
+    std::erase_if(storages, [](const auto& weak) { return weak.expired(); });
+  }
+  storages.emplace_back(t.storage().getWeakStorageImpl());
+  return t;
+}
 
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
   c10::Device exchangeDevice(c10::Device) const override { return kDevice; }
@@ -82,9 +110,69 @@ at::Tensor on_host(const at::Tensor& t) {
 // A CPU tensor's memory as a tensor of the device.
 at::Tensor on_device(const at::Tensor& t) {
   if (!t.defined() || t.is_cuda()) return t;
-  return at::from_blob(
+  return known(at::from_blob(
       t.data_ptr(), t.sizes(), t.strides(), [t](void*) {},
-      at::TensorOptions().dtype(t.dtype()).device(kDevice), kDevice);
+      at::TensorOptions().dtype(t.dtype()).device(kDevice), kDevice));
+}
+
+// Another name of the same elements, whatever is done to `t` itself.
+at::Tensor name_of(const at::Tensor& t) {
+  if (!t.defined() || !t.is_cuda()) return t;
+  auto view = at::detail::make_tensor<c10::TensorImpl>(
+      c10::TensorImpl::VIEW, c10::Storage(t.storage()), t.key_set(), t.dtype());
+  view.unsafeGetTensorImpl()->set_storage_offset(t.storage_offset());
+  view.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides());
+  return view;
+}
+
+c10::IValue names_of(const c10::IValue& value) {
+  if (value.isTensor()) return name_of(value.toTensor());
+  if (value.isTensorList()) {
+    std::vector<at::Tensor> list;
+    for (const auto& t : value.toTensorVector()) list.push_back(name_of(t));
+    return list;
+  }
+  if (value.isOptionalTensorList()) {
+    c10::List<std::optional<at::Tensor>> list;
+    for (const std::optional<at::Tensor>& t : value.toOptionalTensorList()) {
+      list.push_back(t ? std::optional<at::Tensor>(name_of(*t)) : t);
+    }
+    return list;
+  }
+  return value;
+}
+
+struct Recorded {
+  c10::OperatorHandle op;
+  std::vector<c10::IValue> given, results;
+};
+std::vector<Recorded> recorded;
+
+void record(
+    const c10::OperatorHandle& op, const std::vector<c10::IValue>& given, const c10::IValue* result,
+    size_t results) {
+  Recorded one{op, {}, {}};
+  for (const auto& value : given) one.given.push_back(names_of(value));
+  for (size_t i = 0; i < results; ++i) one.results.push_back(names_of(result[i]));
+  recorded.push_back(std::move(one));
+}
+
+// On a GPU the host would wait to learn how many elements these find.
+void check_size_is_known(const c10::OperatorHandle& op, const std::vector<c10::IValue>& given) {
+  static const std::set<std::string> finds = {
+      "aten::nonzero", "aten::masked_select", "aten::_unique", "aten::_unique2",
+      "aten::unique_dim", "aten::unique_consecutive", "aten::bincount"};
+  const auto& name = op.schema().name();
+  if (finds.count(name)) host_reads();
+  if (name.rfind("aten::index", 0) != 0 && name.rfind("aten::_index_put", 0) != 0) return;
+  for (const auto& value : given) {
+    if (!value.isOptionalTensorList()) continue;
+    for (const std::optional<at::Tensor>& t : value.toOptionalTensorList()) {
+      if (!t || !t->defined()) continue;
+      if (t->scalar_type() == at::kBool || t->scalar_type() == at::kByte) host_reads();
+      TORCH_CHECK(!capturing || t->is_cuda(), "indices in pageable memory while capturing");
+    }
+  }
 }
 
 // As CUDA: tensors on the CPU go with those on the device only if they are scalars; indices may.
@@ -100,6 +188,7 @@ void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   size_t count = schema.arguments().size(), first = stack->size() - count;
   std::vector<c10::IValue> given(stack->begin() + first, stack->end());
+  check_size_is_known(op, given);
   std::vector<std::pair<at::Tensor, at::Tensor>> grown;
   for (size_t i = 0; i < count; ++i) {
     auto& value = (*stack)[first + i];
@@ -151,27 +240,81 @@ void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       value = list;
     }
   }
+  if (capturing) record(op, given, stack->data() + from, results);
+}
+
+void same_elements(const at::Tensor& from, const at::Tensor& to) {
+  if (!to.defined() || !to.is_cuda() || from.data_ptr() == to.data_ptr()) return;
+  on_host(to).copy_(on_host(from));
+}
+
+// What was recorded from one operation to another, on the memory of the capture.
+void replay(int64_t first, int64_t last) {
+  for (int64_t at = first; at < last; ++at) {
+    auto& one = recorded[at];
+    torch::jit::Stack stack(one.given.begin(), one.given.end());
+    if (one.op.schema().name() == "aten::copy_") {
+      on_host(stack[0].toTensor()).copy_(on_host(stack[1].toTensor()));
+      continue;
+    }
+    on_cpu(one.op, &stack);
+    for (size_t i = 0; i < one.results.size(); ++i) {
+      if (one.results[i].isTensor()) {
+        same_elements(stack[i].toTensor(), one.results[i].toTensor());
+      } else if (one.results[i].isTensorList()) {
+        auto from = stack[i].toTensorVector(), to = one.results[i].toTensorVector();
+        for (size_t j = 0; j < to.size(); ++j) same_elements(from[j], to[j]);
+      }
+    }
+  }
+}
+
+void capture(bool begins) {
+  std::lock_guard<std::mutex> lock(storages_mutex);
+  capturing = begins;
+  if (!begins) {
+    for (auto& one : before) {
+      std::memcpy(one.storage.mutable_data(), one.bytes.data(), one.bytes.size());
+    }
+    before.clear();
+    return;
+  }
+  std::set<c10::StorageImpl*> seen;
+  for (const auto& weak : storages) {
+    auto storage = weak.lock();
+    if (!storage || !storage->nbytes() || !seen.insert(storage.get()).second) continue;
+    const char* data = static_cast<const char*>(storage->data());
+    std::vector<char> bytes(data, data + storage->nbytes());
+    before.push_back({c10::Storage(std::move(storage)), std::move(bytes)});
+  }
 }
 
 at::Tensor empty(
     c10::SymIntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
     std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
-  return at::detail::empty_generic(
+  return known(at::detail::empty_generic(
       C10_AS_INTARRAYREF_SLOW(size), &memory, c10::DispatchKeySet(c10::DispatchKey::CUDA),
-      c10::dtype_or_default(dtype), format);
+      c10::dtype_or_default(dtype), format));
 }
 
 at::Tensor empty_strided(
     c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<at::ScalarType> dtype,
     std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
-  return at::detail::empty_strided_generic(
+  return known(at::detail::empty_strided_generic(
       C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &memory,
-      c10::DispatchKeySet(c10::DispatchKey::CUDA), c10::dtype_or_default(dtype));
+      c10::DispatchKeySet(c10::DispatchKey::CUDA), c10::dtype_or_default(dtype)));
 }
 
 at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking) {
   if (!self.is_cuda() && !non_blocking) host_reads();
+  TORCH_CHECK(
+      !capturing || (self.is_cuda() && source.is_cuda()),
+      "operation not permitted when stream is capturing: a copy of pageable memory");
   on_host(self).copy_(on_host(source));
+  if (capturing) {
+    static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::copy_", "");
+    record(op, {self, source, non_blocking}, nullptr, 0);
+  }
   return self;
 }
 
@@ -233,6 +376,9 @@ at::Tensor& set_source(
 TORCH_LIBRARY(host_cuda, m) {
   m.def("host(Tensor device) -> Tensor", &on_host);
   m.def("allow_reads(bool allowed) -> ()", [](bool allowed) { may_read = allowed; });
+  m.def("capture(bool begins) -> ()", &capture);
+  m.def("recorded() -> int", [] { return static_cast<int64_t>(recorded.size()); });
+  m.def("replay(int first, int last) -> ()", &replay);
 }
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_cpu>()); }
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {

@@ -102,6 +102,48 @@ class _Stream:
         """An event that is over."""
         return _Event()
 
+    def wait_stream(self, other: Any) -> None:
+        """There is nothing to wait for."""
+
+
+class _Graph:
+    """A CUDA graph: the operations of the C++ side and the kernels launched between them."""
+
+    capturing: ClassVar[_Graph | None] = None
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[int, Any]] = []
+        """(operations recorded before it, launch)."""
+        self.first = self.last = 0
+
+    def capture_begin(self, *given: Any, **more: Any) -> None:
+        self.first = torch.ops.host_cuda.recorded()
+        torch.ops.host_cuda.capture(True)
+        _Graph.capturing = self
+
+    def capture_end(self) -> None:
+        _Graph.capturing = None
+        self.last = torch.ops.host_cuda.recorded()
+        torch.ops.host_cuda.capture(False)
+
+    def replay(self) -> None:
+        """Everything once more."""
+        done = self.first
+        for before, launch in self.launches:
+            torch.ops.host_cuda.replay(done, before)
+            launch()
+            done = before
+        torch.ops.host_cuda.replay(done, self.last)
+
+
+@contextlib.contextmanager
+def _graph(graph: _Graph, *given: Any, **more: Any) -> Iterator[None]:
+    graph.capture_begin()
+    try:
+        yield
+    finally:
+        graph.capture_end()
+
 
 def _answer_for_the_driver() -> None:
     cuda: Any = torch.cuda
@@ -119,7 +161,11 @@ def _answer_for_the_driver() -> None:
     cuda._maybe_exchange_device = lambda device: 0
     cuda.current_device = lambda: 0
     cuda.current_stream = lambda device=None: _Stream()
-    cuda.is_current_stream_capturing = lambda: False
+    cuda.Stream = _Stream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.CUDAGraph = _Graph
+    cuda.graph = _graph
+    cuda.is_current_stream_capturing = lambda: _Graph.capturing is not None
     cuda.get_device_properties = lambda device=None: HOPPER
     cuda.mem_get_info = lambda device=None: (HOPPER.total_memory, HOPPER.total_memory)
 
@@ -171,6 +217,17 @@ def _run_kernels_in_place() -> None:
         {name: _argument(value) for name, value in named.items()},
     )
     executor._restore_args_dev = lambda *args: None
+    launch = executor.__call__
+
+    def recorded(self: Any, *args: Any, **named: Any) -> Any:
+        if _Graph.capturing is not None:
+            held = [value.detach() if isinstance(value, Tensor) else value for value in args]
+            again = {k: v.detach() if isinstance(v, Tensor) else v for k, v in named.items()}
+            before = torch.ops.host_cuda.recorded()
+            _Graph.capturing.launches.append((before, lambda: launch(self, *held, **again)))
+        return launch(self, *args, **named)
+
+    executor.__call__ = recorded
 
 
 class _Driver:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elmo_compile.numerics.update import Update, eco_factor
+from elmo_compile.numerics.update import Update
 
 BF16, E5M2 = torch.bfloat16, torch.float8_e5m2
 
@@ -68,11 +68,11 @@ UPDATES: dict[str, Maker] = {
     "momentum": lambda r, c: momentum(r, c, torch.float32, weight_decay=0.01),
     "momentum, nearest": lambda r, c: momentum(r, c, torch.float32, rounding="nearest"),
     "nesterov, bf16": lambda r, c: momentum(r, c, BF16, nesterov=True),
-    "eco": lambda r, c: momentum(r, c, BF16, eco=True, error=eco_factor(205 / 2**14, 0.5)),
+    "eco": lambda r, c: momentum(r, c, BF16, eco=True),
     "adamw": lambda r, c: adamw(r, c, torch.float32),
     "adamw, bf16": lambda r, c: adamw(r, c, BF16),
     "adamw, nearest": lambda r, c: adamw(r, c, BF16, rounding="nearest"),
-    "adamw, eco": lambda r, c: adamw(r, c, BF16, eco=True, error=eco_factor(0.0123, 0.75)),
+    "adamw, eco": lambda r, c: adamw(r, c, BF16, eco=True),
     "lion, bf16": lambda r, c: lion(r, c, BF16),
     "adagrad": adagrad,
     "kahan": lambda r, c: kahan(r, c, sgd(r, c), BF16),

@@ -277,3 +277,19 @@ def test_a_run_moves_between_cpu_and_cuda(run: str) -> None:
     other.load_state_dict(saved["opt"])
     train(compiled(back, LARGE), other, 1)
     assert torch.isfinite(back.head.weight.float()).all()
+
+
+def test_a_loaded_state_is_no_other_optimizer_s_state() -> None:
+    """torch.optim shares the tensors of a state dict that nobody copied."""
+    model, twin = nn.Linear(4, 6), nn.Linear(4, 6)
+    opt = elmo.optim.AdamW(model.parameters(), 0.1, fused=False)
+    other = elmo.optim.AdamW(twin.parameters(), 0.1, fused=False)
+    model(torch.ones(2, 4)).sum().backward()
+    opt.step()
+    other.load_state_dict(opt.state_dict())
+    before = opt.state[model.weight]["exp_avg"].clone()
+    assert torch.equal(other.state[twin.weight]["exp_avg"], before)
+    twin(3 * torch.ones(2, 4)).sum().backward()
+    other.step()
+    assert torch.equal(opt.state[model.weight]["exp_avg"], before)
+    assert not torch.equal(other.state[twin.weight]["exp_avg"], before)

@@ -177,7 +177,7 @@ def test_repr_names_the_hyper_parameters() -> None:
     assert "rounding: nearest" in text
 
 
-@pytest.mark.parametrize("name", ["amsgrad", "maximize", "foreach", "capturable"])
+@pytest.mark.parametrize("name", ["amsgrad", "maximize", "foreach"])
 def test_options_of_torch_that_would_be_ignored(name: str) -> None:
     group = {"params": net().parameters(), name: True}
     with pytest.raises(OptionError, match=f"{name}=True is not an option here; use"):

@@ -162,7 +162,7 @@ def test_head_program(fused):
 
 @pytest.mark.parametrize("name", ["fused_head_loss", "fused_head_program"])
 def test_fused_ops_stay_out_of_cuda_graphs(name):
-    """A replay would repeat the rate, the step and the random bits of the capture."""
+    """Of those Inductor makes: a replay would tell the owner nothing of what it did."""
     for op in (name, f"{name}_backward"):
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.elmo, op).default.tags
     assert torch.Tag.cudagraph_unsafe not in torch.ops.elmo.head_loss.default.tags

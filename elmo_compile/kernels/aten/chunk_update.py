@@ -52,6 +52,7 @@ class ChunkUpdate:
     def __init__(
         self, w_LD: Tensor, update: Update, layout: Layout, chunk: int, *, fast: bool
     ) -> None:
+        update = update.on_host()
         self._w_LD, self._update, self._layout, self._fast = w_LD, update, layout, fast
         per_word = {"plain": 1, "pairs": 2, "quads": 4}[layout]
         self._columns = columns_of(w_LD, per_word)
@@ -178,6 +179,7 @@ def update_rows(w_RD: Tensor, grad_RD: Tensor, update: Update, factor: float = 1
 def update_given_rows(w_RD: Tensor, rows_K: Tensor, grad_KD: Tensor, update: Update) -> None:
     """Update some rows from a gradient of these rows alone: SGD without state, or Adagrad."""
     with torch.no_grad():
+        update = update.on_host()
         work = torch.float64 if w_RD.dtype == torch.float64 else torch.float32
         sum_K1: Tensor | None = None
         if update.row_wise:
@@ -187,7 +189,7 @@ def update_given_rows(w_RD: Tensor, rows_K: Tensor, grad_KD: Tensor, update: Upd
         key_K = None
         if is_narrow(w_RD.dtype) and update.rounding == "stochastic":
             key_K = philox.row_keys(
-                update.seed, update.param_id, update.step, philox.WEIGHT,
+                update.seed, update.param_id, int(update.step), philox.WEIGHT,
                 rows_K + update.row_offset,
             )  # fmt: skip
             key_K = philox.half_mixed(key_K)
@@ -204,7 +206,7 @@ class RowKeys:
     """Row keys of one stream, half mixed, computed some 2^16 rows at a time."""
 
     def __init__(self, update: Update, stream: int, w_LD: Tensor, chunk: int) -> None:
-        self._words = philox.counter_words(update.seed, update.param_id, update.step, stream)
+        self._words = philox.counter_words(update.seed, update.param_id, int(update.step), stream)
         self._first, self._rows, self._device = update.row_offset, w_LD.shape[0], w_LD.device
         self._block = chunk * max(1, _KEY_ROWS // chunk)
         self._start, self._keys = 0, torch.empty(0, dtype=torch.int32)

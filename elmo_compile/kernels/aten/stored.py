@@ -26,7 +26,7 @@ class StoredWeight:
     ) -> None:
         self.w_LD = w_LD.detach()
         self.operand = operand
-        self.update = update
+        self.update = update = None if update is None else update.on_host()
         self.fast = fast
         self.chunk = chunk
         self.layout = choose_layout(self.w_LD, operand, update)
@@ -73,8 +73,9 @@ class StoredWeight:
         plain_sgd = update.rule == "sgd" and not update.state and update.compensation is None
         if exact and plain_sgd and stored.dtype == self.operand:
             # The product's own epilogue: the sum is formed in its accumulator and rounded once.
-            keep = 1.0 - update.lr * update.weight_decay
-            torch.addmm(stored, g_CN, xs_ND, beta=keep, alpha=-update.lr * scale, out=stored)
+            rates = update.rates
+            keep = 1.0 - rates.lr * rates.weight_decay
+            torch.addmm(stored, g_CN, xs_ND, beta=keep, alpha=-rates.lr * scale, out=stored)
             return
         if self._gradient is None:
             self._gradient = torch.empty(

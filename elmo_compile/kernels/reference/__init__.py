@@ -106,6 +106,7 @@ def apply_update(
     w_LD: Tensor, grad_LD: Tensor, update: Update, work: torch.dtype = torch.float32
 ) -> None:
     """Update a weight, its state and its compensation in place from a whole gradient."""
+    update = update.on_host()
     if update.row_wise:
         update.row_sums.copy_(accumulate_rows(update.row_sums, grad_LD))
     compensated_L = torch.zeros(w_LD.shape[0], dtype=torch.bool, device=w_LD.device)
@@ -161,7 +162,7 @@ def _rounded(value_LD: Tensor, dtype: torch.dtype, update: Update, stream: int |
         return round_nearest(value_LD, dtype)
     first, device = update.row_offset, value_LD.device
     row_L = torch.arange(first, first + value_LD.shape[0], device=device)
-    key_L = philox.row_keys(update.seed, update.param_id, update.step, stream, row_L)
+    key_L = philox.row_keys(update.seed, update.param_id, int(update.step), stream, row_L)
     d_D = torch.arange(value_LD.shape[1], dtype=torch.int32, device=device)
     words_LD = philox.element_words(key_L, d_D)
     return round_stochastic_bits(value_LD.to(torch.float32), words_LD, format_of(dtype)).to(dtype)

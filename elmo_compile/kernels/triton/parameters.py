@@ -1,8 +1,8 @@
 """Updates of parameters whose gradients exist: all that are alike in one launch.
 
 Legend: T tensors, each a contiguous matrix of `columns` columns. A program owns BLOCK elements of
-one of them; a table holds addresses, sizes and counters, another the rates. The same arithmetic and
-the same random bits as a head's update (`rules.py`).
+one of them; a table holds addresses and sizes, records (`records.py`) rates and counters. The same
+arithmetic and the same random bits as a head's update (`rules.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elmo_compile.kernels.triton.random_bits import as_signed, mix32, row_keys
+from elmo_compile.kernels.triton.random_bits import mix32, row_keys
+from elmo_compile.kernels.triton.records import RECORD, numbers, rates, records, word
 from elmo_compile.kernels.triton.rules import (
     compensate,
     direction,
@@ -28,8 +29,9 @@ from elmo_compile.kernels.triton.rules import (
 )
 from elmo_compile.kernels.triton.storage import rounded, widen
 from elmo_compile.numerics.blockwise import Blockwise
+from elmo_compile.numerics.capture import capturing
 from elmo_compile.numerics.formats import format_of, is_narrow
-from elmo_compile.numerics.philox import COMPENSATION, WEIGHT, counter_words
+from elmo_compile.numerics.philox import COMPENSATION, WEIGHT
 from elmo_compile.numerics.update import (
     STATE_STREAMS,
     Update,
@@ -49,8 +51,7 @@ _TYPES = {
 _BLOCK = 1024
 _KEPT_BLOCKS = 1 << 20
 """8 MiB of a table."""
-_FIELDS = 14
-_RATES = 8
+_FIELDS = 10
 
 
 @triton.jit
@@ -71,8 +72,9 @@ def _words(rows, columns, seed, param, word2, word3):
 @triton.jit
 def _parameters_kernel(
     table_ptr,
-    rates_ptr,
+    records_ptr,
     blocks_ptr,
+    guard_ptr,
     W: tl.constexpr,
     G: tl.constexpr,
     FIRST: tl.constexpr,
@@ -89,35 +91,36 @@ def _parameters_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     FIELDS: tl.constexpr,
-    RATES: tl.constexpr,
+    RECORD: tl.constexpr,
 ):
     """One update of BLOCK elements of one tensor. None as a type: there is no such tensor.
 
+    guard: None, or one int32: not zero leaves everything as it is.
     ALIGNED: addresses and sizes are multiples of 16, which the compiler cannot see in numbers from
     memory, and without which its loads would take an element at a time.
     """
     tensor = tl.load(blocks_ptr + 2 * tl.program_id(0)).to(tl.int64)
     table = table_ptr + tensor * FIELDS
-    rates = rates_ptr + tensor * RATES
+    record = records_ptr + tensor * RECORD
     offsets = tl.load(blocks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
     offsets = offsets + tl.arange(0, BLOCK)
     size = tl.load(table + 6)
     if ALIGNED:
         size = tl.multiple_of(size, 16)
     mask = offsets < size
+    if guard_ptr is not None:
+        mask = mask & (tl.load(guard_ptr) == 0)
     width = tl.load(table + 7)
     row = offsets // width
     column = (offsets - row * width).to(tl.int32)
-    seed = tl.load(table + 8).to(tl.int32)
-    param = tl.load(table + 9).to(tl.int32)
-    word2 = tl.load(table + 10).to(tl.int32)
-    word3 = tl.load(table + 11).to(tl.int32)
-    rows = row + tl.load(table + 12)
-    eps = tl.load(rates + 6)
+    seed, param = word(record, 0), word(record, 1)
+    word2, word3 = word(record, 2), word(record, 3)
+    rows = row + tl.load(table + 8)
+    lr, weight_decay, beta1, beta2, rest1, rest2, eps, error = rates(record)
     w_ptr = _at(table, 0, W, ALIGNED)
     w = widen(tl.load(w_ptr + offsets, mask=mask, other=0))
     grad = widen(tl.load(_at(table, 1, G, ALIGNED) + offsets, mask=mask, other=0))
-    factor = tl.load(table + 13)
+    factor = tl.load(table + 9)
     if factor != 0:
         grad = grad * tl.load(factor.to(tl.pointer_type(tl.float32)))
     m = w
@@ -130,8 +133,7 @@ def _parameters_kernel(
     if SUM:
         a = tl.load(_at(table, 4, tl.float32, False) + row, mask=mask, other=1.0)
     u, m, v = direction(
-        w, grad, m, v, a, tl.load(rates), tl.load(rates + 1), tl.load(rates + 2),
-        tl.load(rates + 3), tl.load(rates + 4), tl.load(rates + 5), eps,
+        w, grad, m, v, a, lr, weight_decay, beta1, beta2, rest1, rest2, eps,
         RULE, FIRST is not None, NESTEROV,
     )  # fmt: skip
     words = _words(rows, column, seed, param, word2, word3)
@@ -147,7 +149,7 @@ def _parameters_kernel(
     tl.store(w_ptr + offsets, new, mask)
     if FIRST is not None:
         if ECO:
-            m = with_error(m, v, tl.load(rates + 7), (w + u) - widen(new), eps, RULE)
+            m = with_error(m, v, error, (w + u) - widen(new), eps, RULE)
         words = _words(rows, column, seed, param, word2, word3 + (1 << 24))
         tl.store(_at(table, 2, FIRST, ALIGNED) + offsets, stored_state(m, words, FIRST), mask)
     if SECOND is not None:
@@ -158,7 +160,7 @@ def _parameters_kernel(
 assert (WEIGHT, *STATE_STREAMS, COMPENSATION) == (0, 1, 2, 3), "streams are in the kernel's words"
 
 
-def update_parameters(items: Sequence[Item]) -> list[Item]:
+def update_parameters(items: Sequence[Item], guard: Tensor | None = None) -> list[Item]:
     """Update contiguous matrices in place, in one launch for each kind; the ones left to others.
 
     Left are float64, block-wise state and weights of which some rows are compensated.
@@ -166,6 +168,7 @@ def update_parameters(items: Sequence[Item]) -> list[Item]:
     Args:
         items: (weight [R, D], gradient [R, D], update, factor on the gradient or None), all on one
             device.
+        guard: None, or one int32 on the device: not zero leaves everything as it is.
     """
     kinds: dict[Any, list[Item]] = {}
     rest: list[Item] = []
@@ -173,7 +176,7 @@ def update_parameters(items: Sequence[Item]) -> list[Item]:
         kind = _kind(*item[:3])
         (rest if kind is None else kinds.setdefault(kind, [])).append(item)
     for kind, alike in kinds.items():
-        _launch(dict(kind), alike)
+        _launch(dict(kind), alike, guard)
     return rest
 
 
@@ -207,50 +210,52 @@ def _kind(w: Tensor, grad: Tensor, update: Update) -> Any:
     )
 
 
-def _launch(kind: dict[str, Any], items: Sequence[Item]) -> None:
+def _launch(kind: dict[str, Any], items: Sequence[Item], guard: Tensor | None) -> None:
     device = items[0][0].device
-    table, rates, held = [], [], []
+    table: list[int] = []
+    held: list[Tensor] = []
     for w, grad, update, factor in items:
         if update.row_wise:
             sums = accumulate_rows(update.row_sums, grad, 1.0 if factor is None else factor)
-            update.row_sums.copy_(sums)
-        words = counter_words(update.seed, update.param_id, update.step, WEIGHT)
+            update.row_sums.copy_(
+                sums if guard is None else torch.where(guard == 0, sums, update.row_sums)
+            )
         moments = [s.data_ptr() for s in update.moments] + [0, 0]
-        sums = update.row_sums.data_ptr() if update.row_wise else 0
+        sums_at = update.row_sums.data_ptr() if update.row_wise else 0
         c = 0 if update.compensation is None else update.compensation.data_ptr()
-        table += [w.data_ptr(), grad.data_ptr(), *moments[:2], sums, c, w.numel(), w.shape[1]]
-        table += [as_signed(word) for word in words]
+        table += [w.data_ptr(), grad.data_ptr(), *moments[:2], sums_at, c, w.numel(), w.shape[1]]
         table += [update.row_offset, _address(factor, device, held)]
-        r = update.rates
-        rates += [
-            r.lr, r.weight_decay, r.beta1, r.beta2, 1.0 - r.beta1, 1.0 - r.beta2, r.eps, r.error,
-        ]  # fmt: skip
-    counts = tuple(-(-item[0].numel() // _BLOCK) for item in items)
-    each = (_blocks if sum(counts) <= _KEPT_BLOCKS else _blocks.__wrapped__)(counts, device)
     with torch.cuda.device_of(items[0][0]):
-        _parameters_kernel[(each.shape[0],)](
-            torch.tensor(table).to(device, non_blocking=True),
-            torch.tensor(rates, dtype=torch.float32).to(device, non_blocking=True),
-            each,
+        blocks = _blocks(tuple(-(-item[0].numel() // _BLOCK) for item in items), device)
+        _parameters_kernel[(blocks.shape[0],)](
+            numbers(table, device),
+            records([update for _, _, update, _ in items], device),
+            blocks,
+            guard,
             BLOCK=_BLOCK,
             FIELDS=_FIELDS,
-            RATES=_RATES,
+            RECORD=RECORD,
             **kind,
         )
 
 
-@functools.lru_cache(maxsize=64)
 def _blocks(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [programs, 2]: the tensor and the block in it of each program.
+    """int32 [programs, 2]: the tensor and the block in it of each program, kept from step to step
+    where it is small. What is made in a CUDA graph is the graph's."""
+    keep = sum(counts) <= _KEPT_BLOCKS and not capturing(device)
+    return _kept_blocks(counts, device) if keep else _made_blocks(counts, device)
 
-    Kept from step to step: it is the one table that is large, and a copy from pageable memory
-    would wait for everything queued on the device.
-    """
-    blocks = [
-        torch.stack((torch.full((count,), number), torch.arange(count)), 1)
-        for number, count in enumerate(counts)
-    ]
-    return torch.cat(blocks).to(device, torch.int32)
+
+def _made_blocks(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    each = numbers(counts, device)
+    tensors = torch.arange(len(counts), device=device)
+    owner = torch.repeat_interleave(tensors, each, output_size=sum(counts))
+    first = each.cumsum(0) - each
+    blocks = torch.arange(sum(counts), device=device) - first[owner]
+    return torch.stack((owner, blocks), 1).to(torch.int32)
+
+
+_kept_blocks = functools.lru_cache(maxsize=64)(_made_blocks)
 
 
 def _address(factor: Tensor | None, device: torch.device, held: list[Tensor]) -> int:

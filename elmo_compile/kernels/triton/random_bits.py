@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from elmo_compile.kernels.triton.device_math import ceil_div
+from elmo_compile.kernels.triton.records import word
 from elmo_compile.numerics.formats import is_narrow
-from elmo_compile.numerics.philox import COMPENSATION, WEIGHT, counter_words
+from elmo_compile.numerics.philox import COMPENSATION, WEIGHT
 from elmo_compile.numerics.update import STATE_STREAMS, Update
 
 
@@ -69,15 +70,12 @@ def element_words(keys_L, columns_D):
     return _mixed(_half_mixed(keys_L)[:, None] ^ columns[None, :])
 
 
-@triton.jit(do_not_specialize=["first_row", "seed", "param", "word2", "word3"])
+@triton.jit(do_not_specialize=["first_row"])
 def _row_keys_kernel(
     keys_ptr,
+    record_ptr,
     L,
     first_row: tl.int64,
-    seed: tl.int32,
-    param: tl.int32,
-    word2: tl.int32,
-    word3: tl.int32,
     STREAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -87,7 +85,8 @@ def _row_keys_kernel(
     slot = tl.program_id(0) // blocks
     stream = (STREAMS >> (4 * slot)) & 15
     rows = first_row.to(tl.int64) + at
-    keys = row_keys(rows, seed, param, word2, word3 + (stream << 24))
+    word3 = word(record_ptr, 3) + (stream << 24)
+    keys = row_keys(rows, word(record_ptr, 0), word(record_ptr, 1), word(record_ptr, 2), word3)
     tl.store(keys_ptr + slot.to(tl.int64) * L + at, keys.to(tl.int32, bitcast=True), mask=at < L)
 
 
@@ -101,17 +100,16 @@ class RowKeys:
     Philox for each would cost a fifth of the kernel (counted in its code).
     """
 
-    def __init__(self, w_LD: Tensor, update: Update) -> None:
+    def __init__(self, w_LD: Tensor, update: Update, record: Tensor) -> None:
+        """record: of the update (`records.py`)."""
         narrow = is_narrow(w_LD.dtype) and update.rounding == "stochastic"
         states = [isinstance(s, Tensor) and is_narrow(s.dtype) for s in update.moments]
         used = [WEIGHT] if narrow else []
         used += [stream for stream, rounded in zip(STATE_STREAMS, states) if rounded]
         if update.compensation is not None:
             used.append(COMPENSATION)
-        words = counter_words(update.seed, update.param_id, update.step, WEIGHT)
-        self._used, self._row_offset, self._device = used, update.row_offset, w_LD.device
+        self._used, self._row_offset, self._record = used, update.row_offset, record
         self._streams = sum(stream << 4 * slot for slot, stream in enumerate(used))
-        self._words = dict(zip(("seed", "param", "word2", "word3"), map(as_signed, words)))
 
     def of(self, start: int, stop: int) -> list[Tensor | None]:
         """int32 [stop - start] for each of the streams WEIGHT, `STATE_STREAMS`, COMPENSATION; None
@@ -120,21 +118,16 @@ class RowKeys:
         if not self._used:
             return found
         L, block = stop - start, 256
-        keys = torch.empty((len(self._used), L), dtype=torch.int32, device=self._device)
+        keys = torch.empty((len(self._used), L), dtype=torch.int32, device=self._record.device)
         _row_keys_kernel[(len(self._used) * -(-L // block),)](
             keys,
+            self._record,
             L=L,
             first_row=self._row_offset + start,
             STREAMS=self._streams,
             BLOCK=block,
             num_warps=4,
-            **self._words,
         )
         for slot, stream in enumerate(self._used):
             found[stream] = keys[slot]
         return found
-
-
-def as_signed(word: int) -> int:
-    """A 32-bit word as the signed number with the same bits."""
-    return word - (1 << 32) if word >= 1 << 31 else word

@@ -12,6 +12,7 @@ import triton.language as tl
 from elmo_compile.kernels.triton.device_math import ceil_div
 from elmo_compile.kernels.triton.product import gradient_tile
 from elmo_compile.kernels.triton.random_bits import element_words
+from elmo_compile.kernels.triton.records import rates
 from elmo_compile.kernels.triton.rules import (
     compensate,
     direction,
@@ -104,8 +105,7 @@ def _update_tile(
 def update_kernel(
     g_ptr, x_ptr, unit_ptr, w_ptr, first_ptr, second_ptr, sum_ptr, c_ptr, slot_ptr, guard_ptr,
     w_keys_ptr, first_keys_ptr, second_keys_ptr, c_keys_ptr,
-    N, D, L, g_stride,
-    lr, weight_decay, beta1, beta2, rest1, rest2, eps, error,
+    record_ptr, N, D, L, g_stride,
     RULE: tl.constexpr, NESTEROV: tl.constexpr, ECO: tl.constexpr, STOCHASTIC: tl.constexpr,
     E5M2: tl.constexpr, LARGEST: tl.constexpr, HALF: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -127,6 +127,7 @@ def update_kernel(
         mask = mask & (tl.load(guard_ptr) == 0)
     offsets = outputs[:, None] * D + columns[None, :]
     w = widen(tl.load(w_ptr + l0.to(tl.int64) * D + d0 + offsets, mask=mask, other=0))
+    lr, weight_decay, beta1, beta2, rest1, rest2, eps, error = rates(record_ptr)
     _update_tile(
         grad * tl.load(unit_ptr), w, w_ptr, first_ptr, second_ptr, sum_ptr, c_ptr, slot_ptr,
         w_keys_ptr, first_keys_ptr, second_keys_ptr, c_keys_ptr,
@@ -140,8 +141,7 @@ def update_kernel(
 def features_update_kernel(
     g_ptr, x_ptr, unit_ptr, w_ptr, first_ptr, second_ptr, sum_ptr, c_ptr, slot_ptr, guard_ptr,
     w_keys_ptr, first_keys_ptr, second_keys_ptr, c_keys_ptr,
-    dx_ptr, N, D, L, g_stride, outputs_each,
-    lr, weight_decay, beta1, beta2, rest1, rest2, eps, error,
+    record_ptr, dx_ptr, N, D, L, g_stride, outputs_each,
     RULE: tl.constexpr, NESTEROV: tl.constexpr, ECO: tl.constexpr, STOCHASTIC: tl.constexpr,
     E5M2: tl.constexpr, LARGEST: tl.constexpr, HALF: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -167,6 +167,7 @@ def features_update_kernel(
     real_ND = row_real[:, None] & (columns < D - d0)[None, :]
     x = operand(tl.load(x_ptr + d0 + at_ND, mask=real_ND, other=0), COMPUTE)
     unit = tl.load(unit_ptr)
+    lr, weight_decay, beta1, beta2, rest1, rest2, eps, error = rates(record_ptr)
     writable = True
     if guard_ptr is not None:
         writable = tl.load(guard_ptr) == 0

@@ -12,6 +12,7 @@ from elmo_compile.kernels.triton.configs import Tile
 from elmo_compile.kernels.triton.features import SplitSums
 from elmo_compile.kernels.triton.launch import Call
 from elmo_compile.kernels.triton.random_bits import RowKeys
+from elmo_compile.kernels.triton.records import records
 from elmo_compile.kernels.triton.update import features_update_kernel, update_kernel
 from elmo_compile.kernels.triton.weights import WeightGradient
 from elmo_compile.numerics.blockwise import Blockwise
@@ -58,8 +59,10 @@ class WeightUpdate:
         """
         self._product, self._update, self._guard, self._sums = product, update, guard, sums
         self._call = product.call
-        self._row_keys = RowKeys(product.call.problem.w_LD, update)
-        self._constants = self._numbers()
+        w_LD = product.call.problem.w_LD
+        self._record = records([update], w_LD.device)
+        self._row_keys = RowKeys(w_LD, update, self._record)
+        self._constants = self._forms()
         self._slots: Tensor | None = None
         if update.kahan_rows is not None:
             self._slots = slots_of(update.kahan_rows, product.call.shape[2])
@@ -87,6 +90,7 @@ class WeightUpdate:
             None if self._slots is None else self._slots[start:stop],
             guard,
             *self._row_keys.of(start, stop),
+            self._record,
             **self._constants,
             **arguments,
         )
@@ -125,14 +129,11 @@ class WeightUpdate:
             },
         )
 
-    def _numbers(self) -> dict[str, Any]:
-        """Arguments that are the same for every chunk: rates and constants."""
+    def _forms(self) -> dict[str, Any]:
+        """What the kernels are compiled for."""
         update, w_LD = self._update, self._call.problem.w_LD
         c, fmt = update.compensation, format_of(w_LD.dtype) if is_narrow(w_LD.dtype) else None
         return {
-            **{name: float(value) for name, value in update.rates._asdict().items()},
-            "rest1": 1.0 - update.beta1,
-            "rest2": 1.0 - update.beta2,
             "RULE": update.rule,
             "NESTEROV": update.nesterov,
             "ECO": update.eco,

@@ -52,7 +52,11 @@ def check(case: Case, kernels: list[dict[str, Any]]) -> None:
         "ce_rows_kernel" if case.targets != "classes" else "bce_rows_kernel",
         "update_kernel" if shares else "features_update_kernel",
     }
-    names = PRODUCTS | ({"parameters_kernel"} if case.update != "kahan rows" else set())
+    names = (
+        PRODUCTS
+        | {"records_kernel"}
+        | ({"parameters_kernel"} if case.update != "kahan rows" else set())
+    )
     if case.stored in ("bf16", "fp8"):
         names |= {"row_keys_kernel"}
     if case.targets == "classes" and case.stored == case.compute != "fp8" and case.rows <= 64 * 16:

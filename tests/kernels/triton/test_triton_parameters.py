@@ -82,7 +82,7 @@ def test_unlike_parameters_take_a_launch_each_and_the_rest_is_left(
     rest = parameters.update_parameters(
         [(w.to(device), g.to(device), u, None) for w, g, u in items]
     )
-    assert [len(items) for _, items in launches] == [2, 2, 1, 1]  # wide loads, single elements
+    assert [len(items) for _, items, _ in launches] == [2, 2, 1, 1]  # wide loads, single elements
     assert [u.kahan_rows is not None or w.dtype == torch.float64 for w, _, u, _ in rest] == [
         True
     ] * 2

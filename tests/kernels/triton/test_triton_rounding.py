@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from elmo_compile.kernels.triton.device_math import expm1_nonpositive, log1p_unit
-from elmo_compile.kernels.triton.random_bits import as_signed, element_words, row_keys
+from elmo_compile.kernels.triton.random_bits import element_words, row_keys
 from elmo_compile.kernels.triton.storage import (
     narrow,
     to_bf16_nearest,
@@ -142,7 +142,7 @@ def test_random_words_are_the_specification_s(
     L, D = 4, 64
     words = philox.counter_words(seed, param, step, stream)
     out = torch.empty(L, D, dtype=torch.int32, device=device)
-    signed = [as_signed(w) for w in words]
+    signed = [w - (1 << 32) if w >= 1 << 31 else w for w in words]
     _words_kernel[(1,)](out, row, *signed, L=L, D=D)
     keys = philox.row_keys(seed, param, step, stream, torch.arange(row, row + L))
     expected = philox.element_words(keys, torch.arange(D, dtype=torch.int32))
