@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import elmo_compile as elmo
+from elmo_compile.tune.clock import device_seconds, warm_up
 
 Rows = list[dict[str, Any]]
 Step = Callable[[], Any]
@@ -24,8 +25,6 @@ FP8 = torch.float8_e4m3fn
 NAMES = {torch.float32: "float32", torch.bfloat16: "bf16", FP8: "fp8"}
 MIB = 1 << 20
 ROWS = "rows.jsonl"
-AHEAD = 20_000_000
-"""Cycles the device waits before a timed step, some 10 ms: the host gets ahead of it."""
 
 
 class Contender(NamedTuple):
@@ -95,7 +94,7 @@ class Bench:
         device: dict[str, list[float]] = {name: [] for name in running}
         for _ in range(self.repeats):
             for name, step in running.items():
-                device[name].append(self._device_seconds(step))
+                device[name].append(device_seconds(step, self.device))
         return {
             name: Times(statistics.median(device[name]), self._in_a_row(step))
             for name, step in running.items()
@@ -104,28 +103,11 @@ class Bench:
     def time(self, step: Step) -> Times:
         """Times of one step. Raises what it raises."""
         self._warm(step)
-        found = [self._device_seconds(step) for _ in range(self.repeats)]
+        found = [device_seconds(step, self.device) for _ in range(self.repeats)]
         return Times(statistics.median(found), self._in_a_row(step))
 
     def _warm(self, step: Step) -> None:
-        start, steps = time.perf_counter(), 0
-        while steps < 2 or (time.perf_counter() - start < 0.1 and not self.dry):
-            step()
-            self.wait()
-            steps += 1
-
-    def _device_seconds(self, step: Step) -> float:
-        if self.device == "cpu":
-            start = time.perf_counter()
-            step()
-            return time.perf_counter() - start
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(AHEAD)  # type: ignore[no-untyped-call]
-        first.record()
-        step()
-        last.record()
-        last.synchronize()
-        return float(first.elapsed_time(last)) / 1e3
+        warm_up(step, self.device, 0.0 if self.dry else 0.1)
 
     def _in_a_row(self, step: Step) -> float:
         self.wait()

@@ -18,10 +18,17 @@ from torch import Tensor
 
 from elmo_compile.config import Options
 from elmo_compile.errors import OptionError
-from elmo_compile.kernels.problem import HeadProblem
+from elmo_compile.kernels.problem import HeadProblem, UpdateResult
 from elmo_compile.numerics.losses import BCE, CE, LossName, LossSpec
 from elmo_compile.numerics.update import Update
-from elmo_compile.planner import HeadShape, Plan, PlanRefusal, default_compute_dtype, plan
+from elmo_compile.planner import (
+    HeadShape,
+    Plan,
+    PlanRefusal,
+    default_compute_dtype,
+    limits_for,
+    plan,
+)
 
 LR = 0.01
 FUSED, UNFUSED, EAGER = "elmo, fused SGD", "elmo, real gradient", "eager, SGD"
@@ -80,7 +87,7 @@ def run(case: Case) -> Result:
     Raises:
         OptionError: no chunk fits the budget.
     """
-    chosen, unfused = _planned(case, fused=True), _planned(case, fused=False)
+    chosen, unfused = planned(case, fused=True), planned(case, fused=False)
     steps: dict[str, Callable[[], object]] = {
         "three bare products": _products(case, chosen.chunk_size),
         FUSED: _fused(case, chosen),
@@ -102,8 +109,13 @@ def run(case: Case) -> Result:
     )
 
 
-def _planned(case: Case, *, fused: bool) -> Plan:
-    found = plan(head_shape(case, fused=fused), case.options)
+def planned(case: Case, *, fused: bool) -> Plan:
+    """The planner's choice for the case's device. Raises OptionError if no chunk fits."""
+    device, cache = torch.device(case.device), None
+    shape = head_shape(case, fused=fused)
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+    found = plan(shape, case.options, limits_for(shape.device, cache))
     if isinstance(found, PlanRefusal):
         raise OptionError(f"{found.reason}; {found.remedy}.")
     return found
@@ -153,16 +165,18 @@ def _inputs(case: Case, storage: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     compute = head_shape(case).compute_dtype
     x_ND = torch.randn(case.rows, case.features, generator=generator).to(compute)
-    w_LD = torch.empty(case.outputs, case.features, dtype=storage)
-    for part in torch.split(w_LD, 1 << 16):
-        part.copy_(0.05 * torch.randn(part.shape, generator=generator))
+    w_LD = torch.empty(case.outputs, case.features, dtype=storage, device=case.device)
+    few = min(case.outputs, 1 << 16)  # and again: random numbers for all would take minutes
+    values = (0.05 * torch.randn(few, case.features, generator=generator)).to(case.device)
+    for part in torch.split(w_LD, few):
+        part.copy_(values[: len(part)])
     shape = (case.rows,) if case.loss == CE else (case.rows, case.positives)
     labels = torch.randint(case.outputs, shape, generator=generator)
-    return x_ND.to(case.device), w_LD.to(case.device), labels.to(case.device)
+    return x_ND.to(case.device), w_LD, labels.to(case.device)
 
 
-def _problem(case: Case, chosen: Plan) -> tuple[HeadProblem, Tensor]:
-    """The call, and the factor of each row's loss (mean reduction)."""
+def problem_of(case: Case, chosen: Plan) -> tuple[HeadProblem, Tensor]:
+    """The case's call on random numbers, and the factor of each row's loss (mean reduction)."""
     from elmo_compile.kernels.targets import positives_of
 
     x_ND, w_LD, labels = _inputs(case, case.dtype)
@@ -183,32 +197,43 @@ def _problem(case: Case, chosen: Plan) -> tuple[HeadProblem, Tensor]:
 
 def _fused(case: Case, chosen: Plan) -> Callable[[], object]:
     """As `loss_value="auto"` runs it: BCE's value comes with its gradient."""
-    from elmo_compile import kernels
-
-    problem, scale_N = _problem(case, chosen)
-    family, count = kernels.select(scale_N.device), 0
+    problem, scale_N = problem_of(case, chosen)
+    count = 0
 
     def step() -> None:
         nonlocal count
-        stats, more = torch.empty(0, device=scale_N.device), {}
-        if case.loss == CE:
-            held = family.new_held(problem) if chosen.holds_logits else None
-            more = {} if held is None else {"held": held}
-            stats = family.forward(problem, **more).stats_2N
-        family.backward_update(
-            problem, stats, scale_N, Update(lr=LR, step=count), need_db=False,
-            need_value=case.loss == BCE, **more,
-        )  # fmt: skip
+        fused_step(problem, scale_N, chosen, Update(lr=LR, step=count), value=case.loss == BCE)
         count += 1
 
     return step
+
+
+def fused_step(
+    problem: HeadProblem, scale_N: Tensor, chosen: Plan, update: Update, *, value: bool
+) -> UpdateResult:
+    """One step by the kernels of the problem's device, the weight updated in place.
+
+    value: the loss is made in the backward; cross entropy has it from its forward.
+    """
+    from elmo_compile import kernels
+
+    family = kernels.select(problem.x_ND.device)
+    stats, more = scale_N.new_empty(0), {}
+    if problem.loss.name == CE:
+        held = family.new_held(problem) if chosen.holds_logits else None
+        more = {} if held is None else {"held": held}
+        stats = family.forward(problem, **more).stats_2N
+    result: UpdateResult = family.backward_update(
+        problem, stats, scale_N, update, need_db=False, need_value=value, **more
+    )
+    return result
 
 
 def _unfused(case: Case, chosen: Plan) -> Callable[[], object]:
     """A real weight gradient; applying it is the optimizer's, and not timed."""
     from elmo_compile import kernels
 
-    problem, scale_N = _problem(case, chosen)
+    problem, scale_N = problem_of(case, chosen)
     family = kernels.select(scale_N.device)
     return lambda: family.loss_and_gradients(problem, scale_N, chosen.row_block, need_db=False)
 

@@ -1,4 +1,4 @@
-"""The command line: `elmo-compile env | bench | explain`."""
+"""The command line: `elmo-compile env | bench | tune | explain`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
@@ -20,6 +20,9 @@ from elmo_compile.config import Options
 from elmo_compile.errors import ElmoError, OptionError
 from elmo_compile.planner import cpu_cache_bytes
 from elmo_compile.report.render import human_bytes
+
+if TYPE_CHECKING:
+    from elmo_compile.bench import Case
 
 EXIT_ERROR = 2
 
@@ -38,23 +41,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="elmo-compile", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{env,bench,explain}")
+    commands = parser.add_subparsers(required=True, metavar="{env,bench,tune,explain}")
 
     env = commands.add_parser("env", help="versions, devices and whether the backend is known")
     env.set_defaults(command=_env)
 
     bench = commands.add_parser("bench", help="time one head step against eager torch")
-    bench.add_argument("--rows", "-N", type=int, default=128, help="rows of a batch")
-    bench.add_argument("--features", "-D", type=int, default=768)
-    bench.add_argument("--outputs", "-L", type=int, default=131072)
-    bench.add_argument("--dtype", default="bfloat16", help="of the stored weight")
-    bench.add_argument("--loss", choices=("bce", "ce"), default="bce")
-    bench.add_argument("--positives", type=int, default=5, help="labels per row (bce)")
-    bench.add_argument("--device", default="cpu")
+    _add_head(bench, device="cpu")
     bench.add_argument("--rounds", type=int, default=5)
-    bench.add_argument("--chunk-size", type=int, default=None)
-    bench.add_argument("--memory-budget", default=None, help='bytes or "64MiB"')
     bench.set_defaults(command=_bench)
+
+    tune = commands.add_parser("tune", help="find a head's fastest tiles on a GPU, and keep them")
+    _add_head(tune, device="cuda")
+    tune.add_argument(
+        "--state", choices=("none", "moments", "kahan"), default="none",
+        help="of the optimizer: SGD; AdamW with bf16 moments; the same with a compensation",
+    )  # fmt: skip
+    tune.add_argument("--list", action="store_true", help="only print what would be timed")
+    tune.add_argument("--chip", type=int, help="with --list: 90 for sm_90, which need not be there")
+    tune.set_defaults(command=_tune)
 
     explain = commands.add_parser("explain", help="what the backend would do with your program")
     explain.add_argument(
@@ -63,6 +68,19 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--dump", metavar="DIR", default=None, help="write report and graphs")
     explain.set_defaults(command=_explain)
     return parser
+
+
+def _add_head(parser: argparse.ArgumentParser, device: str) -> None:
+    """The arguments of which `_case` makes a head."""
+    parser.add_argument("--rows", "-N", type=int, default=128, help="rows of a batch")
+    parser.add_argument("--features", "-D", type=int, default=768)
+    parser.add_argument("--outputs", "-L", type=int, default=131072)
+    parser.add_argument("--dtype", default="bfloat16", help="of the stored weight")
+    parser.add_argument("--loss", choices=("bce", "ce"), default="bce")
+    parser.add_argument("--positives", type=int, default=5, help="labels per row (bce)")
+    parser.add_argument("--device", default=device)
+    parser.add_argument("--chunk-size", type=int, default=None)
+    parser.add_argument("--memory-budget", default=None, help='bytes or "64MiB"')
 
 
 def _env(_: argparse.Namespace) -> None:
@@ -75,6 +93,7 @@ def _env(_: argparse.Namespace) -> None:
         f"{os.cpu_count()} cores",
         "last-level cache": human_bytes(cpu_cache_bytes()),
         "cuda": _cuda(),
+        "tuned tiles": _tuned(),
         "backend": _backend(),
     }
     for name, value in rows.items():
@@ -101,6 +120,12 @@ def _cuda() -> str:
     return "; ".join(names)
 
 
+def _tuned() -> str:
+    from elmo_compile.tune import summary
+
+    return summary() if _version("triton") != "not installed" else "none, without triton"
+
+
 def _backend() -> str:
     registered = importlib.metadata.entry_points(group="torch_dynamo_backends")
     for entry in registered:
@@ -109,20 +134,44 @@ def _backend() -> str:
     return "not registered: install the package (pip install elmo-compile)"
 
 
-def _bench(arguments: argparse.Namespace) -> None:
+def _case(arguments: argparse.Namespace, **more: Any) -> Case:
     from elmo_compile import bench
 
-    case = bench.Case(
+    return bench.Case(
         rows=arguments.rows,
         features=arguments.features,
         outputs=arguments.outputs,
         dtype=_dtype(arguments.dtype),
         loss="cross_entropy" if arguments.loss == "ce" else "binary_cross_entropy_with_logits",
         positives=arguments.positives,
-        device=_device(arguments.device),
-        rounds=arguments.rounds,
         options=Options(chunk_size=arguments.chunk_size, memory_budget=arguments.memory_budget),
+        **more,
     )
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    if _version("triton") == "not installed":
+        raise OptionError("tiles are Triton's: pip install 'elmo-compile[triton]' first.")
+    from elmo_compile.tune import command
+
+    if _dtype(arguments.dtype) == torch.float64:
+        raise OptionError("--dtype float64 cannot be tuned: no Triton kernel has a form of it.")
+    if arguments.chip is not None and not arguments.list:
+        raise OptionError("--chip names a chip to list tiles for; accepted with --list only.")
+    device = "cuda" if arguments.chip is not None else _device(arguments.device)
+    if torch.device(device).type != "cuda":
+        raise OptionError(f"--device {device} cannot be tuned; accepted: cuda, cuda:0.")
+    case = _case(arguments, device=device)
+    if arguments.list:
+        command.show_candidates(case, arguments.state, arguments.chip)
+    else:
+        command.tune_and_save(case, arguments.state)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from elmo_compile import bench
+
+    case = _case(arguments, device=_device(arguments.device), rounds=arguments.rounds)
     result = bench.run(case)
     table = Table(title=f"One head step, median of {case.rounds}", title_justify="left")
     for name in ("", "wall ms", "cpu ms", "ratio", "memory"):
@@ -171,7 +220,7 @@ def _device(name: str) -> str:
     except RuntimeError:
         raise OptionError(f"--device {name} cannot be used; accepted: cpu, cuda, cuda:0.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"--device {name}: this machine has no CUDA device; use cpu.")
+        raise OptionError(f"--device {name}: this machine has no CUDA device.")
     return name
 
 

@@ -29,6 +29,7 @@ def test_env_names_versions_devices_and_the_backend(capsys):
     printed = capsys.readouterr().out
     for expected in ("elmo-compile", torch.__version__, "triton", "last-level cache", "cuda"):
         assert expected in printed
+    assert "tuned tiles       no device; kept in " in printed or torch.cuda.is_available()
     assert "registered as 'elmo' (elmo_compile.backend:elmo_backend)" in printed
 
 
@@ -87,6 +88,50 @@ def test_bench_refuses_a_device_that_is_not_there(capsys):
 def test_bench_refuses_an_unknown_device_kind():
     with pytest.raises(OptionError, match="'meta'"):
         bench.run(bench.Case(rows=1, features=1, outputs=1, device="meta"))
+
+
+def test_tune_lists_what_it_would_time(capsys):
+    arguments = ["tune", "--list", "--chip", "90", "--dtype", "float8_e4m3fn", "-N", "100"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "(2, 1, 128, 768)" in printed
+    assert "features" in printed
+    assert "shared_with_state" not in printed
+    assert "no such pass" in printed
+    assert "256 accumulators a thread" in printed
+    assert "to time," in printed
+    assert cli.main([*arguments, "--loss", "ce", "--state", "kahan"]) == 0
+    printed = capsys.readouterr().out
+    assert "shared_with_state" in printed
+    assert "logits_narrow" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--chip", "90"], "accepted with --list only"),
+        (["--list", "--chip", "75"], "--chip 75 is not known; accepted: 80, 89"),
+        (["--device", "cpu"], "--device cpu cannot be tuned; accepted: cuda"),
+        (["--list", "--chip", "90", "--dtype", "float64"], "--dtype float64 cannot be tuned"),
+        (["--list", "--chip", "90", "--rows", "0"], "rows=0 cannot be used"),
+    ],
+)
+def test_tune_refuses(capsys, arguments, message):
+    assert message in failed(capsys, "tune", *arguments)
+
+
+def test_tune_needs_a_device(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    for arguments in ([], ["--list"]):
+        assert "no CUDA device" in failed(capsys, "tune", *arguments)
+
+
+def test_tune_needs_triton(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_version", lambda package: "not installed")
+    assert "pip install" in failed(capsys, "tune", "--list", "--chip", "90")
+    assert cli.main(["env"]) == 0
+    assert "none, without triton" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": {"backend"},
     "metrics": set(),
     "bench": {"kernels", "planner", "numerics"},
-    "cli": {"bench", "explain", "planner", "report", "<root>"},
+    "tune": {"bench", "kernels", "numerics"},
+    "cli": {"bench", "explain", "planner", "report", "tune", "<root>"},
     "<root>": {
         "distributed",
         "explain",
@@ -57,8 +58,10 @@ INSIDE_FUNCTIONS = {
     ("ops", "kernels"),
     ("ops", "programs"),
     ("bench", "kernels"),
+    ("tune", "kernels"),
     ("cli", "bench"),
     ("cli", "explain"),
+    ("cli", "tune"),
 }
 """Edges that must not run at import time ..."""
 PLAIN_RECORDS = {"elmo_compile.kernels.problem"}

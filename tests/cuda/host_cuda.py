@@ -152,6 +152,7 @@ def _answer_for_the_driver() -> None:
     cuda.device_count = lambda: 1
     cuda.Event = _Event
     cuda.set_device = lambda device: None
+    cuda._sleep = lambda cycles: None
     cuda.synchronize = lambda device=None: None
     cuda.get_device_capability = lambda device=None: (HOPPER.major, HOPPER.minor)
     cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8, device="cpu")

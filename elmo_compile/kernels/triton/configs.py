@@ -1,8 +1,9 @@
-"""Tile shapes and pipeline depths, as data: one row a chip and operand type. Not autotuned yet.
+"""Tile shapes and pipeline depths, as data: one row a chip and operand type.
 
 Chosen offline for registers (no spills) and shared memory (benchmarks/cubin_table.py), not by time:
-nothing here has been timed on a GPU. The shared pass is for chips whose products read operands from
-shared memory; with `mma.sync` it spills.
+nothing here has been timed on a GPU. What `elmo-compile tune` finds on one (tuned.py) goes before
+it. The shared pass is for chips whose products read operands from shared memory; with `mma.sync` it
+spills.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,9 @@ WITHOUT_FP8 = (80,)
 """Chips that have no products of fp8 with fp8."""
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory a block may have."""
+PADDING = 128
+"""Rows of the buffer of the logits' gradient are padded to a multiple of it: no tile of a product
+that reads it has more outputs."""
 
 
 class Tile(NamedTuple):
@@ -127,6 +131,11 @@ def assume_chip(chip: int, processors: int = 132) -> Iterator[None]:
         _assumed.reset(token)
 
 
+def is_assumed() -> bool:
+    """Whether launches are planned for a chip that is not there."""
+    return _assumed.get() is not None
+
+
 def chip_of(device: torch.device) -> tuple[int, int]:
     """(row of the table, number of multiprocessors) of a device.
 
@@ -157,7 +166,7 @@ def _nearest_chip(capability: int) -> int:
 
 @contextlib.contextmanager
 def override_tiles(**tiles: Tile | None) -> Iterator[None]:
-    """Take these tiles (fields of `Tiles`) and not the table's: tuning."""
+    """Take these tiles (fields of `Tiles`) and no others: tuning."""
     token = _overridden.set(tiles)
     try:
         yield
@@ -165,12 +174,17 @@ def override_tiles(**tiles: Tile | None) -> Iterator[None]:
         _overridden.reset(token)
 
 
-def tiles_for(chip: int, compute_dtype: torch.dtype) -> Tiles:
+def tiles_for(
+    chip: int, compute_dtype: torch.dtype, tuned: Mapping[str, Tile | None] | None = None
+) -> Tiles:
+    """The tiles of a call: those of `override_tiles`, else the tuned ones, else the table's."""
+    fields = {**(tuned or {}), **(_overridden.get() or {})}
+    table = from_table(chip, compute_dtype)
+    return dataclasses.replace(table, **fields) if fields else table
+
+
+def from_table(chip: int, compute_dtype: torch.dtype) -> Tiles:
     """The table's entry for a chip and the operand type of the products."""
-    return dataclasses.replace(_from_table(chip, compute_dtype), **(_overridden.get() or {}))
-
-
-def _from_table(chip: int, compute_dtype: torch.dtype) -> Tiles:
     return _TABLE[chip, "float" if compute_dtype == torch.float32 else "half"]
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elmo_compile.kernels.triton.configs import batch_block
+from elmo_compile.kernels.triton.configs import PADDING, batch_block
 from elmo_compile.kernels.triton.device_math import (
     ceil_div,
     exp,
@@ -124,7 +124,7 @@ class Gradient:
     """The gradient buffer of a call and the kernel that fills it, chunk by chunk."""
 
     g_NL: Tensor
-    """[N, chunk rounded up to 128] of the compute type: the last filled chunk, times the call's
+    """[N, chunk rounded up to PADDING] of the compute type: the last filled chunk, times the call's
     `gradient_scale`. What is past a chunk's end is finite and not used."""
 
     def __init__(self, c: Call, stats_2N: Tensor, scale_N: Tensor, need_value: bool) -> None:
@@ -138,7 +138,7 @@ class Gradient:
         self._mass_N = None
         if self._lse_2N is not None and self._targets.kind == "dense":
             self._mass_N = self._targets.mass().float()
-        self.g_NL = c.x_ND.new_zeros((N, -(-c.chunk // 128) * 128))
+        self.g_NL = c.x_ND.new_zeros((N, -(-c.chunk // PADDING) * PADDING))
         self._value = None
         if need_value:
             # float64 sums of each tile position over the chunks; for classes the rows themselves.

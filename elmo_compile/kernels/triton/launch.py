@@ -14,6 +14,7 @@ from elmo_compile.errors import InputError
 from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.kernels.triton import configs
 from elmo_compile.kernels.triton.positives import tile_bounds
+from elmo_compile.kernels.triton.tuned import tuned_tiles
 from elmo_compile.numerics.features import to_codes
 from elmo_compile.numerics.losses import Positives
 
@@ -106,7 +107,7 @@ def prepare(p: HeadProblem) -> Call:
         b_L=None if p.b_L is None else _as_float(p.b_L).contiguous(),
         problem=p,
         chunk=max(1, min(p.chunk, p.w_LD.shape[0], _MAX_CHUNK)),
-        tiles=configs.tiles_for(chip, p.compute_dtype),
+        tiles=configs.tiles_for(chip, p.compute_dtype, tuned_tiles(p, chip)),
         processors=processors,
         gradient_scale=_gradient_scale(p),
     )
