@@ -142,6 +142,7 @@ class Classifier(nn.Module):
 
 
 PLAIN = "torch.compile, inductor, torch.optim"
+GRAPH = "whole step in a CUDA graph"
 
 
 def whole_step(b: Bench) -> None:
@@ -150,19 +151,22 @@ def whole_step(b: Bench) -> None:
     modes = ("none", "activation budget 0.5", "layer checkpointing")
     runs = [(FP8, "none"), (torch.bfloat16, "none"), (torch.bfloat16, PLAIN)]
     runs += [(dtype, mode) for mode in modes[1:] for dtype in (FP8, torch.bfloat16)]
+    runs += [(FP8, GRAPH)] if b.device == "cuda" else []
     for dtype, mode in runs:
         row = {"part": "step", "L": L, "dtype": NAMES[dtype], "contender": mode}
         with fresh():
             try:
                 b.emit(**row, **_train(b, N, T, L, dtype, mode))
-            except torch.OutOfMemoryError as error:
+            except Exception as error:  # the other rows are worth having
+                if b.dry:
+                    raise
                 b.emit(**row, failed=said(error))
 
 
 def _train(b: Bench, N: int, T: int, L: int, dtype: torch.dtype, mode: str) -> dict[str, Any]:
     import torch._functorch.config as functorch
 
-    plain = mode == PLAIN
+    plain, capturable = mode == PLAIN, mode == GRAPH
     model = Classifier(b, L, dtype, plain=plain)
     if mode == "layer checkpointing":
         model.encoder.gradient_checkpointing_enable({"use_reentrant": False})
@@ -176,9 +180,9 @@ def _train(b: Bench, N: int, T: int, L: int, dtype: torch.dtype, mode: str) -> d
         optimizers = [
             elmo.optim.AdamW(
                 model.encoder.parameters(), lr=1e-5, rounding="kahan",
-                state_dtype=torch.bfloat16, fused=False,
+                state_dtype=torch.bfloat16, fused=False, capturable=capturable,
             ),
-            elmo.optim.SGD(model.head.parameters(), lr=0.05),
+            elmo.optim.SGD(model.head.parameters(), lr=0.05, capturable=capturable),
         ]  # fmt: skip
     budget = 0.5 if mode.startswith("activation") else 1.0
     tokens = torch.randint(0, 30_000, (N, T), device=b.device)
@@ -193,6 +197,8 @@ def _train(b: Bench, N: int, T: int, L: int, dtype: torch.dtype, mode: str) -> d
                 optimizer.step()
                 optimizer.zero_grad()
 
+        if capturable:
+            step = _captured(step)
         times = b.time(step)
         fused = elmo.is_fused(model.head.head.weight) and elmo.last_report().matches
         if not plain and not fused:
@@ -209,6 +215,20 @@ def _train(b: Bench, N: int, T: int, L: int, dtype: torch.dtype, mode: str) -> d
         **{name: value / MIB for name, value in terms.items()},
         "with optimizer state MiB": between,
     }  # fmt: skip
+
+
+def _captured(step: Step) -> Step:
+    """Replays of a step, after ordinary ones on a stream of their own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def most_labels(b: Bench) -> None:
