@@ -259,6 +259,8 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("capturable", False)  # pickled before there was such an option
         if not hasattr(self, "_owners"):
             self._owners, self._warned, self._stepped = [], False, False
             self._skipped, self._skipped_in_graphs = 0, None

@@ -323,6 +323,11 @@ at::Scalar item(const at::Tensor& self) {
   return on_host(self).item();
 }
 
+// A product of narrow operands with a wide result, which CPUs do not have.
+at::Tensor mm_wide(const at::Tensor& a, const at::Tensor& b, at::ScalarType wide) {
+  return at::mm(a.to(wide), b.to(wide));
+}
+
 at::Tensor as_strided(
     const at::Tensor& self, c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
     std::optional<c10::SymInt> offset) {
@@ -386,6 +391,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty_strided", &empty_strided);
   m.impl("copy_", &copy_);
   m.impl("_local_scalar_dense", &item);
+  m.impl("mm.dtype", &mm_wide);
   m.impl("as_strided", &as_strided);
   m.impl("_reshape_alias", &reshape_alias);
   m.impl("view", &view);

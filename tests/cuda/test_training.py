@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -111,6 +112,34 @@ def test_the_backend_alone_gives_torch_s_gradients(kind, options, no_host_reads)
         for a, b in zip(model.parameters(), want.parameters()):
             assert (a.grad.cpu() - b.grad).abs().max() <= 2e-5 * b.grad.abs().max()
     assert len(elmo.last_report().matches) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["float32", "bf16"])
+def test_softmax_of_row_blocks(dtype, no_host_reads):
+    """The logits of a block of rows are held, and no product is made twice."""
+    rows, outputs = 512, 300
+    make = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, D, generator=make).to(dtype) for n in (rows, outputs))
+    y = torch.randint(0, outputs, (rows,), generator=make)
+
+    def loss(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w), y)
+
+    want = [t.double().requires_grad_() for t in (x, w)]
+    loss(*want, y).backward()
+    got = [t.to("cuda").requires_grad_() for t in (x, w)]
+    step = compiled(loss, {"min_outputs": 256, "lower": "eager"})
+    for again in (False, True):
+        for t in got:
+            t.grad = None
+        with no_host_reads() if again else contextlib.nullcontext():
+            step(*got, y.to("cuda")).backward()
+    (match,) = elmo.last_report().matches
+    assert match.products == 3
+    assert "head_loss_at_once" in elmo.last_report().graph_after.code
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for a, b in zip(got, want):
+        assert (a.grad.cpu().double() - b.grad).norm() <= tolerance * b.grad.norm()
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest", "kahan"])
