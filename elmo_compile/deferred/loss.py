@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from elmo_compile.deferred.origin import FAKES, fake
-from elmo_compile.deferred.state import State
+from elmo_compile.deferred.state import State, version
 from elmo_compile.deferred.step import Step
 from elmo_compile.deferred.tensor import Deferred
 from elmo_compile.errors import StaleLogitsError
@@ -34,7 +34,7 @@ class Loss(State):
             super().__init__(fake(loss))
         self.loss = loss.detach()
         self._owner, self._serial, self._value = owner, serial, value
-        self._version = owner.param._version
+        self._version = version(owner.param)
         watch(owner.param, self)
 
     @property
@@ -52,7 +52,7 @@ class Loss(State):
 
     def _filled(self) -> Tensor:
         if self._owner.is_open(self._serial):
-            if self._owner.param._version != self._version:
+            if version(self._owner.param) != self._version:
                 raise StaleLogitsError(
                     f"the loss was not computed yet, and the head weight {self._owner.name} has "
                     "changed since its forward; read it before, or compile with "
@@ -63,6 +63,8 @@ class Loss(State):
 
     def before_change(self) -> None:
         """Another backward, or a step, is about to change the weight."""
+        if self.outlives_capture:
+            return
         if self._owner.is_open(self._serial) and self._owner.filling != self._serial:
             self.real()
 

@@ -13,6 +13,7 @@ from elmo_compile.deferred.step import Step
 from elmo_compile.errors import StaleLogitsError
 from elmo_compile.numerics.capture import capturing
 from elmo_compile.ops.kept import watch
+from elmo_compile.ops.owners import replayed_updates
 
 
 class State:
@@ -30,6 +31,12 @@ class State:
         what is computed later is not kept, since they change what it was computed from."""
         self.losses: list[tuple[Tensor, list[Step]]] = []
         """Losses streamed from this state, and the steps from here to each."""
+
+    @property
+    def outlives_capture(self) -> bool:
+        """Whether this was made before the CUDA graph that is being captured: what were computed
+        now, its replays would compute."""
+        return not self.in_graph and capturing(self.fake.device)
 
     @property
     def values(self) -> Tensor | None:
@@ -145,6 +152,8 @@ class Root(State):
 
     def before_change(self) -> None:
         """Keep what can be kept: the values where they are small, else the top of each row."""
+        if self.outlives_capture:
+            return
         if self._values is not None or self.stale:
             return
         if not self.large:
@@ -229,7 +238,8 @@ class Given(State):
 
 
 def version(value: Any) -> int:
-    """How often a tensor was written in place, as far as torch counts it."""
+    """How often a tensor was written in place, as far as torch counts it, or an owner's replays."""
     if not isinstance(value, Tensor) or value.is_inference():
         return 0
-    return int(value._version)
+    replayed = replayed_updates(value) if isinstance(value, torch.nn.Parameter) else 0
+    return int(value._version) + replayed

@@ -18,10 +18,11 @@ _LARGE = 8
 class GramFactor:
     """y of some features x [N, D], and `g^T y` a chunk at a time."""
 
-    def __init__(self, x_ND: Tensor) -> None:
+    def __init__(self, x_ND: Tensor, *, reduce: bool = True) -> None:
+        """reduce: False: y is x, however wide that is."""
         rows, features = x_ND.shape
         y_NK = x_ND.double()
-        if 2 * rows <= features:
+        if reduce and 2 * rows <= features:
             y_NK = torch.linalg.qr(y_NK.t(), mode="r").R.t()
         order = torch.argsort(torch.linalg.vector_norm(y_NK, dim=0), descending=True)
         self._large_NK = y_NK[:, order[:_LARGE]]

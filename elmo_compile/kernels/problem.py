@@ -59,6 +59,8 @@ class HeadProblem:
     be one of fp8 with fp8; `compute_dtype` is bfloat16 and the weight float8_e4m3fn then."""
     wide_dw: bool = False
     """Whether the weight gradient is float32 whatever the weight is stored in."""
+    capturable: bool = False
+    """Whether a CUDA graph is to hold the call: without solver libraries, which it may not."""
 
 
 Chunk = tuple[int, int, Tensor]

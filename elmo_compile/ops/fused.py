@@ -71,7 +71,7 @@ def open_call(owner: Owner) -> tuple[Tensor, Tensor, Tensor]:
     # A checkpoint around the call runs it again in backward, as another call with another loss
     # tensor: the one the caller holds could not be filled in.
     at_once = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    values = [owner.key, owner.updates, new_serial(), int(at_once)]
+    values = [owner.key, owner.ticket(), new_serial(), int(at_once)]
     handle = torch.tensor(values, device="cpu")  # whatever torch.set_default_device says
     anchor: Tensor = Anchor.apply(owner.param)  # type: ignore[no-untyped-call]
     return anchor, handle, torch.zeros((), dtype=torch.int64, device="cpu")
@@ -187,6 +187,7 @@ def fused_head_loss_backward(
     owner = owner_by_key(key)
     weight = owner.param.detach()
     problem = make_problem(x, weight, bias, target, target_aux, spec, chunk, compute)
+    problem = dataclasses.replace(problem, capturable=owner.policy().capturable)
     factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
     scale_N = row_scale(grad, spec, target, factor, x.shape[0])
     family = kernels.select(x.device)
@@ -250,6 +251,8 @@ def weight_is_wanted(owner: Owner) -> bool:
     False for `autograd.grad(loss, encoder)` and `backward(inputs=[...])` without the weight. Uses
     the private query that torch's own multi-grad hooks use (tried on 2.11 to 2.13).
     """
+    if owner.accumulate_node is None:  # The weight has changed since: the ticket will say so.
+        return True
     try:
         return bool(torch._C._will_engine_execute_node(owner.accumulate_node))
     except RuntimeError as error:

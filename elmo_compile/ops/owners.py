@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -25,16 +24,17 @@ from elmo_compile.ops.counters import Counters
 from elmo_compile.ops.device_flag import DeviceFlag
 from elmo_compile.ops.gather import gathered
 from elmo_compile.ops.kept import about_to_change
+from elmo_compile.ops.open_calls import OpenCalls
+from elmo_compile.ops.replays import Replays
 from elmo_compile.ops.second_pass import (
     Kept,
     apply,
     current_task,
+    for_kept,
     keep_dense,
     merged,
     squared_norm,
 )
-
-_MAX_OPEN_LOSSES = 256
 
 
 class Policy(NamedTuple):
@@ -50,7 +50,7 @@ class Policy(NamedTuple):
     """Rate and step are the device's: a CUDA graph may hold the update."""
 
 
-class Owner:
+class Owner(OpenCalls):
     """One weight whose update is fused into its head's backward.
 
     The optimizer holds its owners; the registry holds them weakly, so that a discarded optimizer
@@ -58,6 +58,7 @@ class Owner:
     """
 
     def __init__(self, param: Tensor, name: str, next_update: Callable[[], Update]) -> None:
+        super().__init__()
         self.param = param
         self.name = name
         self.key = next(_keys)
@@ -76,7 +77,8 @@ class Owner:
         """Where no fused call may be made now: `step(closure)`."""
         self.counters = Counters()
         self.updates = 0
-        """Updates so far in this process: the ticket a forward takes."""
+        """Updates so far in this process, but for replays of CUDA graphs."""
+        self.replays = Replays()
         self.pending = False
         """An update was applied that no `opt.step()` has acknowledged."""
         self.inconsistent = False
@@ -92,47 +94,13 @@ class Owner:
         self._kept_invalid = DeviceFlag()
         """CUDA: what was kept is invalid."""
         self.accumulate_node: Any = None
-        self.filling: int | None = None
-        """The serial of the call whose backward is updating the weight now."""
-        self._open_losses: OrderedDict[int, Tensor] = OrderedDict()
-        self._unread: dict[int, Callable[[], Tensor]] = {}
-        self._held: dict[int, Tensor] = {}
-
-    def open_loss(self, serial: int, loss: Tensor) -> None:
-        """Remember the loss tensor of one forward, to be filled in by its backward."""
-        self._open_losses[serial] = loss.detach()
-        while len(self._open_losses) > _MAX_OPEN_LOSSES:
-            self._open_losses.popitem(last=False)
-
-    def is_open(self, serial: int) -> bool:
-        """Whether the loss of a forward still waits for its value."""
-        return serial in self._open_losses
-
-    def leave_value(self, serial: int, value: Callable[[], Tensor]) -> None:
-        """Keep, until the call returns, how the value of its loss would be computed."""
-        self._unread = {serial: value}
-
-    def take_value(self, serial: int) -> Callable[[], Tensor] | None:
-        """What `leave_value` kept."""
-        return self._unread.pop(serial, None)
-
-    def hold(self, serial: int, logits: Tensor) -> None:
-        """Keep the logits of one forward for its backward; those of an earlier one are dropped."""
-        self._held = {serial: logits}
-
-    def take_held(self, serial: int) -> Tensor | None:
-        """What `hold` kept."""
-        return self._held.pop(serial, None)
-
-    def fill_loss(self, serial: int, value: Tensor) -> None:
-        """Write the value into the loss tensor that this forward returned."""
-        loss = self._open_losses.pop(serial, None)
-        if loss is not None:
-            loss.copy_(value.reshape(loss.shape))
+        """Of the last forward, until the weight is updated: kept longer it would outlive its stream,
+        and a CUDA graph captured on another one could not hold the next backward."""
 
     def check_ticket(self, ticket: int) -> None:
         """Raise FusedUpdateError if a backward for `ticket` must not update the weight."""
         self._check_owned(ticket)
+        self.give_up_capture()
         if self.pending and self.policy().accumulate != "step_each":
             raise FusedUpdateError(
                 f"a second backward would update the head weight {self.name} before opt.step() "
@@ -144,6 +112,7 @@ class Owner:
     def check_keep(self, ticket: int) -> None:
         """Raise FusedUpdateError if a backward for `ticket` must not add to what is kept."""
         self._check_owned(ticket)
+        self.give_up_capture()
         again = bool(self.kept) and self.kept[-1].task != current_task()
         if again and self.policy().accumulate == "error":
             raise FusedUpdateError(
@@ -152,6 +121,20 @@ class Owner:
                 "accumulate='stash'"
             )
 
+    def ticket(self) -> int:
+        """What a forward takes and its backward must still find: how often the weight changed."""
+        return self.updates + self.replays.made()
+
+    def give_up_capture(self) -> None:
+        """Forget a backward that was captured without its step: the capture failed."""
+        if self._captured_flags() and not capturing(self.param.device):
+            self.pending = False
+            self.invalid.clear()
+            self.forget_kept()
+
+    def _captured_flags(self) -> list[Tensor]:
+        return [*self.invalid.captured, *self._kept_invalid.captured]
+
     def _check_owned(self, ticket: int) -> None:
         if self.superseded:
             raise FusedUpdateError(
@@ -159,7 +142,7 @@ class Owner:
                 "forward; run the forward again"
             )
         self.check_consistent()
-        if ticket != self.updates:
+        if ticket != self.ticket():
             raise FusedUpdateError(
                 f"the head weight {self.name} was already updated since this forward, so its "
                 "gradient would be taken at other weights. Run one backward per forward, and "
@@ -223,11 +206,12 @@ class Owner:
         """
         if capturing(self.param.device):
             return
-        if self.invalid.captured:
+        if self._captured_flags():
             raise FusedUpdateError(
                 f"backward() of the head weight {self.name} was captured in a CUDA graph, and "
                 "opt.step() is called outside it. Capture both in one graph: the rest of a step "
-                "must not be applied where the head's input was invalid"
+                "must not be applied where the head's input was invalid. After a capture that "
+                "failed call opt.zero_grad()"
             )
         wrong = self.invalid.is_set()
         self.invalid.clear()
@@ -266,6 +250,12 @@ class Owner:
         if self.param.grad is not None:
             self._add_kept(keep_dense(self.param.grad))
         if self.reduce_over is not None:
+            if capturing(self.param.device):
+                raise FusedUpdateError(
+                    f"a CUDA graph is being captured, but the processes that train the head weight "
+                    f"{self.name} tell each other how many rows they have in every step. Leave "
+                    "opt.step() out of the capture, or use one process"
+                )
             self.kept = gathered(self.kept, self.reduce_over)
         self.kept = merged(self.kept)
 
@@ -299,7 +289,7 @@ class Owner:
         """
         if not self.kept:
             return
-        update = self.next_update()
+        update = for_kept(self.kept, self.next_update())
         for one in self.kept:
             if factor is not None:
                 one.times_(factor.to(self.param.device))
@@ -324,15 +314,19 @@ class Owner:
         self.filling = serial
         about_to_change(self.param)
         self.counters.before(self.param, self.updates)
+        if self.policy().capturable:
+            self.replays.prepare(self.param.device)
         self.inconsistent = True
         yield
         torch.autograd.graph.increment_version(self.param)
         self.counters.after(self.param)
         self.updates += 1
+        self.accumulate_node = None
+        if capturing(self.param.device):
+            self.replays.captured()
         self.pending = True
         self.replaced_by_unowned = False
-        self._open_losses.clear()
-        self._held.clear()
+        self.forget_calls()
         self.on_update(guard)
         self.inconsistent = False
 
@@ -348,7 +342,7 @@ def register(owner: Owner) -> None:
     previous = owner_of(owner.param)
     if previous is not None:
         previous.superseded = True
-        previous._open_losses.clear()
+        previous.forget_calls()
     _by_param[owner.param] = weakref.ref(owner)
     _by_key[owner.key] = owner
 
@@ -375,6 +369,12 @@ def owner_by_key(key: int) -> Owner:
             "alive until backward() has run"
         )
     return owner
+
+
+def replayed_updates(param: Tensor) -> int:
+    """Updates of a parameter by replays of CUDA graphs, which its version does not count."""
+    owner = owner_of(param)
+    return 0 if owner is None else owner.replays.made()
 
 
 def live_owners() -> list[Owner]:

@@ -286,6 +286,12 @@ def common_chunk(kept: Sequence[Kept], w_LD: Tensor) -> int:
     return max(1, min(sizes))
 
 
+def for_kept(kept: Sequence[Kept], update: Update) -> Update:
+    """The update as `apply` can make it of these gradients. Raises as `Update.on_host`."""
+    alone = len(kept) == 1 and isinstance(kept[0], KeptHead)
+    return update if alone else update.on_host()
+
+
 def apply(
     kept: Sequence[Kept],
     w_LD: Tensor,

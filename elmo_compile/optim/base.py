@@ -12,12 +12,11 @@ from torch import Tensor
 
 from elmo_compile.errors import FusedUpdateError, InputError, OptionError
 from elmo_compile.numerics.blockwise import Blockwise
-from elmo_compile.numerics.capture import capturing
 from elmo_compile.numerics.philox import ROUNDING_VERSION
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.owners import Owner, Policy, owner_of, register, unregister
 from elmo_compile.optim import guards, options, state, whole
-from elmo_compile.optim.on_device import count, rate_of, step_of
+from elmo_compile.optim.on_device import Graphs, count, rate_of, step_of
 from elmo_compile.optim.ordinary import Gradient, apply_updates, check_updates
 
 _INNER = {"params", "param_ids", "param_names", "rounding_version"}
@@ -40,7 +39,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         self._next_id = 0
         self._warned = self._stepped = False
         self._skipped = 0
-        self._skipped_in_graphs: Tensor | None = None
+        self._graphs = Graphs()
         super().__init__(params, defaults)
 
     # What a rule is
@@ -96,8 +95,7 @@ class HeadOptimizer(torch.optim.Optimizer):
     def skipped_steps(self) -> int:
         """Steps that were left out: by `nonfinite="skip"`, and replays of a CUDA graph that were
         given something invalid (for which the host waits)."""
-        in_graphs = 0 if self._skipped_in_graphs is None else int(self._skipped_in_graphs)
-        return self._skipped + in_graphs
+        return self._skipped + self._graphs.skipped
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]
@@ -126,15 +124,14 @@ class HeadOptimizer(torch.optim.Optimizer):
                 else is updated. Clear the gradients and go on.
         """
         loss = self._evaluate(closure) if closure is not None else None
-        captured = self._prepare_capture()
-        guard: Tensor | None = None
+        captured, wrong, skips = self._graphs.begin(self._members()), None, False
         with torch.no_grad():
             try:
                 for owner in self._owners:
                     owner.check_step()
                 gradients = whole.Gradients(self._members(), self._owners)
                 if captured:
-                    guard, skips = gradients.wrong_on_device(self._owners), False
+                    wrong = gradients.wrong_on_device(self._owners)
                 else:
                     skips = gradients.must_skip()
             except InputError:
@@ -144,23 +141,11 @@ class HeadOptimizer(torch.optim.Optimizer):
             if skips:
                 self._skipped += 1
             else:
-                self._apply(gradients.clip_factors(), guard)
-            if guard is not None and self._skipped_in_graphs is not None:
-                self._skipped_in_graphs += guard
+                self._apply(gradients.clip_factors(), self._graphs.guard(wrong))
         for owner in self._owners:
             owner.close_step()
         self._warn_if_nothing_fused()
         return loss
-
-    def _prepare_capture(self) -> bool:
-        """Whether this step is captured in a CUDA graph; else make what such a step writes to."""
-        on_device = [m.param for m in self._members() if m.param.is_cuda]
-        if not on_device:
-            return False
-        captured = capturing(on_device[0].device)
-        if self._skipped_in_graphs is None and not captured:
-            self._skipped_in_graphs = torch.zeros((), dtype=torch.int64, device=on_device[0].device)
-        return captured
 
     def _apply(self, factors: dict[int, Tensor], guard: Tensor | None = None) -> None:
         """Update everything; gradients of a group are multiplied by its factor.
@@ -203,6 +188,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         """As torch.optim; also forgets what backwards kept for `update_at="step"`."""
         super().zero_grad(set_to_none)
         for owner in self._owners:
+            owner.give_up_capture()
             owner.forget_kept()
 
     def _members(self) -> list[Member]:
@@ -222,6 +208,9 @@ class HeadOptimizer(torch.optim.Optimizer):
         for held in saved["state"].values():
             if isinstance(held.get("step"), Tensor):
                 held["step"] = held["step"].clone()  # on a device it is counted in place
+        for group in saved["param_groups"]:
+            if group["capturable"]:
+                group["lr"] = float(group["lr"])  # and this one written to
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -263,7 +252,7 @@ class HeadOptimizer(torch.optim.Optimizer):
             group.setdefault("capturable", False)  # pickled before there was such an option
         if not hasattr(self, "_owners"):
             self._owners, self._warned, self._stepped = [], False, False
-            self._skipped, self._skipped_in_graphs = 0, None
+            self._skipped, self._graphs = 0, Graphs()
         ids = [i for group in self.param_groups for i in group["param_ids"]]
         self._next_id = 1 + max(ids, default=-1)
         self._register()
@@ -310,7 +299,10 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], param: Tensor, param_id: int) -> Update:
         """The next update of a parameter, with the state it needs (made here at first)."""
-        step, lr = step_of(self.state[param], group, param), rate_of(group, param)
+        step, lr = (
+            step_of(self.state[param], group, param),
+            rate_of(group, param, self._graphs.rates),
+        )
         shares = group["accumulate"] == "step_each" and not options.scales_with_gradient(group)
         tensors = [self._slot(name, param, group) for name in self._slots(group)]
         rounding, compensation, rows = self._compensation(group, param)

@@ -23,10 +23,13 @@ def is_on_device(group: Group, param: Tensor) -> bool:
     return bool(group["capturable"]) and param.is_cuda
 
 
-def rate_of(group: Group, param: Tensor) -> float | Tensor:
+def rate_of(group: Group, param: Tensor, kept: dict[int, Tensor]) -> float | Tensor:
     """The group's rate: a number, or a float64 scalar on the parameter's device.
 
-    There a number's place in the group is taken by a tensor, as a user's own would have it.
+    There a number's place in the group is taken by a tensor: always the same, which graphs read.
+
+    Args:
+        kept: the tensor of each group, by the number of its first parameter.
 
     Raises:
         FusedUpdateError: a CUDA graph is being captured, and the rate is not on the device.
@@ -41,7 +44,11 @@ def rate_of(group: Group, param: Tensor) -> float | Tensor:
                 "replays would keep it whatever a schedule says. Run an ordinary step first, and "
                 'change the rate by group["lr"].fill_(...)'
             )
-        lr = group["lr"] = torch.full((), float(lr), dtype=torch.float64, device=param.device)
+        mine = kept.get(group["param_ids"][0])
+        if mine is None:
+            mine = torch.empty((), dtype=torch.float64, device=param.device)
+        lr = group["lr"] = mine.fill_(float(lr))
+    kept[group["param_ids"][0]] = lr
     found: Tensor = lr.to(param.device, torch.float64)
     return found
 
@@ -73,6 +80,60 @@ def step_of(held: dict[str, Any], group: Group, param: Tensor) -> int | Tensor:
             )
         found = held["step"] = torch.full((), int(found), dtype=torch.int64, device=param.device)
     return found
+
+
+class Graphs:
+    """What the steps of one optimizer write to that CUDA graphs hold."""
+
+    def __init__(self) -> None:
+        self.rates: dict[int, Tensor] = {}
+        """The rate of each group, by the number of its first parameter."""
+        self._skipped: Tensor | None = None
+        self._go_ahead: Tensor | None = None
+
+    @property
+    def skipped(self) -> int:
+        """Replays that changed nothing, for which the host waits."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    def begin(self, members: Iterable[tuple[Group, Tensor, int]]) -> bool:
+        """Whether this step is being captured; if not, make what one that is will write to.
+
+        Raises:
+            FusedUpdateError: no ordinary step came before, or a parameter with a gradient is not on
+                the device whose work is captured: replays would not update it.
+        """
+        there = [(group, param) for group, param, _ in members]
+        home = next((param.device for _, param in there if param.is_cuda), None)
+        if home is None:
+            return False
+        captured = capturing(home)
+        if captured:
+            for _, param in there:
+                if param.grad is not None and param.device != home:
+                    raise FusedUpdateError(
+                        f"a CUDA graph is being captured on {home}, but a parameter of shape "
+                        f"{tuple(param.shape)} is on {param.device}: replays would not update it. "
+                        "Give it an optimizer whose step() is outside the graph"
+                    )
+        elif self._skipped is None and any(is_on_device(*one) for one in there):
+            self._skipped = torch.zeros((), dtype=torch.int64, device=home)
+            self._go_ahead = torch.zeros((), dtype=torch.int32, device=home)
+        return captured
+
+    def guard(self, wrong: Tensor | None) -> Tensor | None:
+        """The int32 that a step obeys; None without `capturable` groups.
+
+        Ordinary steps have one too (0): a kernel with it is another than one without, and must not
+        be compiled in a capture.
+
+        Args:
+            wrong: in a capture, not zero where the step must change nothing.
+        """
+        if wrong is None or self._skipped is None:
+            return self._go_ahead
+        self._skipped += wrong
+        return wrong
 
 
 def count(items: Iterable[tuple[dict[str, Any], Group, Tensor]], guard: Tensor | None) -> None:

@@ -107,7 +107,7 @@ _TABLE: dict[tuple[int, str], Tiles] = {
         features=Tile(128, 128, 64, 8, 3),
         weights=Tile(128, 64, 64, 8, 2),
         shared=Tile(128, 64, 64, 8, 2),
-        shared_with_state=Tile(128, 32, 64, 8, 2),
+        shared_with_state=Tile(128, 32, 64, 8, 3),
     ),
 } | {(chip, "float"): _FLOATS for chip in CHIPS}
 # As much shared memory as sm_89, and its products; 128 x 128 logits spill there.

@@ -61,6 +61,7 @@ def tuned_tiles(p: HeadProblem, chip: int) -> Fields:
     if found is None:
         with _lock:
             if index not in _by_device:
+                _by_device[index] = {}  # a warning that is an error is one once
                 _by_device[index] = _of_device(x_ND.device, chip)
             found = _by_device[index]
     if not found:
@@ -157,7 +158,13 @@ def save(device: torch.device, entry: Entry) -> Path:
 
 
 def _of_device(device: torch.device, chip: int) -> dict[HeadKey, Fields]:
-    return read(file_of(device), chip)[0] if enabled() else {}
+    if not enabled():
+        return {}
+    try:
+        path = file_of(device)
+    except RuntimeError:  # a user without a home folder
+        return {}
+    return read(path, chip)[0]
 
 
 def _raw_entries(path: Path) -> list[dict[str, Any]]:
@@ -214,6 +221,7 @@ def _replace(path: Path, content: object) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(json.dumps(content, indent=1) + "\n")
+        os.chmod(part, 0o644)  # a folder may be shared
         os.replace(part, path)
     except BaseException:
         os.unlink(part)

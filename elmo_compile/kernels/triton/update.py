@@ -167,7 +167,6 @@ def features_update_kernel(
     real_ND = row_real[:, None] & (columns < D - d0)[None, :]
     x = operand(tl.load(x_ptr + d0 + at_ND, mask=real_ND, other=0), COMPUTE)
     unit = tl.load(unit_ptr)
-    lr, weight_decay, beta1, beta2, rest1, rest2, eps, error = rates(record_ptr)
     writable = True
     if guard_ptr is not None:
         writable = tl.load(guard_ptr) == 0
@@ -188,6 +187,8 @@ def features_update_kernel(
             stored = tl.load(tile_ptr + at_LD, mask=mask, other=0)
         dx = tl.dot(g, operand(stored, COMPUTE), acc=dx, input_precision=PRECISION)
         grad = tl.dot(tl.trans(g), x, input_precision=PRECISION)
+        # Read in every step: kept from one to the next they would take eight registers of products.
+        lr, weight_decay, beta1, beta2, rest1, rest2, eps, error = rates(record_ptr)
         _update_tile(
             grad * unit, widen(stored), w_ptr, first_ptr, second_ptr, sum_ptr, c_ptr, slot_ptr,
             w_keys_ptr, first_keys_ptr, second_keys_ptr, c_keys_ptr,

@@ -125,7 +125,7 @@ class WeightGradient:
     def squares(self, g_NL: Tensor, L: int) -> Tensor:
         """float64 [L]: the sum of the squares of each row of dw / unit."""
         if self._factor is None:
-            self._factor = GramFactor(self.x_ND)
+            self._factor = GramFactor(self.x_ND, reduce=not self.call.problem.capturable)
         return self._factor.row_squares(g_NL[:, :L].t())
 
     def norm2(self) -> Tensor | None:
