@@ -94,8 +94,8 @@ class Owner(OpenCalls):
         self._kept_invalid = DeviceFlag()
         """CUDA: what was kept is invalid."""
         self.accumulate_node: Any = None
-        """Of the last forward, until the weight is updated: kept longer it would outlive its stream,
-        and a CUDA graph captured on another one could not hold the next backward."""
+        """Of the last forward, until the weight is updated: kept longer it would outlive its
+        stream, and a CUDA graph captured on another one could not hold the next backward."""
 
     def check_ticket(self, ticket: int) -> None:
         """Raise FusedUpdateError if a backward for `ticket` must not update the weight."""
