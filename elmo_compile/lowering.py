@@ -52,25 +52,26 @@ def build_vector_probes() -> None:
     seconds of a first step. Here they run in threads, a set each, from when a graph arrives: its
     passes and the tracing of kernels need a core at most.
 
-    Inductor's own check comes to the same conclusions: it waits for these files by their locks,
-    and still loads each. The sets asked here are instances of subclasses, so that nothing is
-    written to those that Inductor asks, nor to its caches of answers.
+    Inductor comes to the same conclusions by itself: it waits for these files by their locks, and
+    loads them. It is spared that only where its own cached answer is made here.
     """
     from torch._inductor import codecache, cpp_builder, cpu_vec_isa  # noqa: F401 (not in threads)
 
-    def build(isa: Any) -> None:
+    def build(isa: type[Any]) -> None:
         with contextlib.suppress(Exception):  # Inductor will meet it again, and say so
-            bool(isa)
+            if cpu_vec_isa.VecISA.__bool__(isa()):
+                # What the set has beyond its base is noted in the object asked: not in Inductor's.
+                bool(type("Probe", (isa,), {"_probe_load": lambda self, path: True})())
 
     names = cpu_vec_isa.x86_isa_checker()
-    asked = [
-        type("Probe", (type(isa),), {"_probe_load": lambda self, path: True})()
+    known = [
+        type(isa)
         for isa in cpu_vec_isa.supported_vec_isa_list
         if all(name in names for name in str(isa).split())
     ]
-    if asked:
-        pool = concurrent.futures.ThreadPoolExecutor(len(asked), "elmo-vector-probe")
-        for isa in asked:
+    if known:
+        pool = concurrent.futures.ThreadPoolExecutor(len(known), "elmo-vector-probe")
+        for isa in known:
             pool.submit(contextvars.copy_context().run, build, isa)
         pool.shutdown(wait=False)
 
