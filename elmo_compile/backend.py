@@ -13,7 +13,7 @@ import torch.fx as fx
 from elmo_compile import ops
 from elmo_compile.config import Options
 from elmo_compile.errors import ElmoError, NotRewritten, OptionError
-from elmo_compile.lowering import lower
+from elmo_compile.lowering import build_vector_probes, lower
 from elmo_compile.ops.owners import update_shares
 from elmo_compile.passes.graphs import copy_module, sites, source_of
 from elmo_compile.passes.pipeline import Analysis, analyze
@@ -70,6 +70,8 @@ def _compile(
                 f"mode={mode!r} and options mode={chosen.mode!r} contradict each other"
             )
         chosen = Options.from_mapping({**_fields(chosen), "mode": mode})
+    if chosen.lower == "inductor" and _on_cpu(example_inputs):
+        build_vector_probes()
     analysis = _analyze(gm, chosen)
     if chosen.strict and analysis.refusals:
         raise NotRewritten(strict_message(analysis.refusals))
@@ -81,6 +83,11 @@ def _compile(
     compiled.compile_first(example_inputs)
     record(section(_name(), gm, compiled, example_inputs))
     return compiled
+
+
+def _on_cpu(inputs: Sequence[Any]) -> bool:
+    """Whether a graph is handed tensors of a CPU."""
+    return any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in inputs)
 
 
 def keep(gm: fx.GraphModule) -> fx.GraphModule:

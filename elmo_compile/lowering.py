@@ -1,11 +1,15 @@
 """Hand a rewritten graph to what compiles the rest of it.
 
-Uses private APIs: `torch._inductor.compile_fx`, `torch._inductor.list_mode_options` and
-`torch.compiler.config.cache_key_tag` (tried on torch 2.11 and 2.13).
+Uses private APIs: `torch._inductor.compile_fx`, `torch._inductor.list_mode_options`,
+`torch._inductor.cpu_vec_isa` and `torch.compiler.config.cache_key_tag` (tried on torch 2.11 and
+2.13; `cpu_vec_isa` on 2.13).
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import contextvars
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
@@ -37,6 +41,39 @@ def inductor_config(options: Options) -> dict[str, Any]:
         config.update(torch._inductor.list_mode_options(options.mode))
     config.update(options.inductor or {})
     return config
+
+
+@functools.cache
+def build_vector_probes() -> None:
+    """Start to build what Inductor looks for in its cache before it compiles for a CPU.
+
+    With an empty cache it asks of each set of vector instructions, one after the other, whether the
+    C++ compiler and torch know it: six runs of the compiler on an AVX-512 machine, 10 of the 20
+    seconds of a first step. Here they run in threads, a set each, from when a graph arrives: its
+    passes and the tracing of kernels need a core at most.
+
+    Inductor comes to the same conclusions by itself: it waits for these files by their locks, and
+    loads them. It is spared that only where its own cached answer is made here.
+    """
+    from torch._inductor import codecache, cpp_builder, cpu_vec_isa  # noqa: F401 (not in threads)
+
+    def build(isa: type[Any]) -> None:
+        with contextlib.suppress(Exception):  # Inductor will meet it again, and say so
+            if cpu_vec_isa.VecISA.__bool__(isa()):
+                # What the set has beyond its base is noted in the object asked: not in Inductor's.
+                bool(type("Probe", (isa,), {"_probe_load": lambda self, path: True})())
+
+    names = cpu_vec_isa.x86_isa_checker()
+    known = [
+        type(isa)
+        for isa in cpu_vec_isa.supported_vec_isa_list
+        if all(name in names for name in str(isa).split())
+    ]
+    if known:
+        pool = concurrent.futures.ThreadPoolExecutor(len(known), "elmo-vector-probe")
+        for isa in known:
+            pool.submit(contextvars.copy_context().run, build, isa)
+        pool.shutdown(wait=False)
 
 
 def lower(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
+from torch._dynamo.utils import counters, get_compilation_metrics
 from torch.utils.flop_counter import FlopCounterMode
 
 from elmo_compile.kernels import aten
@@ -75,6 +75,23 @@ def test_nothing_compiles_again() -> None:
     run(17, 20, 129, 64, lr=0.0, step=1)
     run(8, 8, 40, 39, lr=1.0, step=1 << 40, seed=9)
     assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.usefixtures("compile_all", "fresh")
+@pytest.mark.parametrize(("loss", "weight"), [("bce", FP8), ("ce", torch.bfloat16)])
+def test_each_piece_is_traced_once(loss: str, weight: torch.dtype) -> None:
+    """No constant of the source is taken for a variable, which makes Dynamo start again; and a call
+    inside an op, below autograd's dispatch keys, shares its code with one outside."""
+    p = problem(
+        loss, num_rows=16, num_features=32, num_outputs=700, weight=weight,
+        compute=torch.bfloat16, chunk=64, bias=False,
+    )  # fmt: skip
+    before, seen = counters["stats"]["unique_graphs"], len(get_compilation_metrics())
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        step(p, 16)
+    step(p, 16)
+    assert counters["stats"]["unique_graphs"] - before == len(compiled._cache)
+    assert not any(metric.restart_reasons for metric in get_compilation_metrics()[seen:])
 
 
 @pytest.mark.usefixtures("compile_all", "fresh")

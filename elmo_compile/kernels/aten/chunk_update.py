@@ -117,9 +117,12 @@ class ChunkUpdate:
             return
         row_wise = self._update.row_wise
         words = [s if s is None or row_wise else as_words(s) for s in state]
+        dw = as_words(dw)
+        if decoded is not None:
+            decoded, dw = _by_halves(as_words(decoded)), _by_halves(dw)
         run = piece(steps.lanes_, self._fast, form=form)
         run(
-            as_words(w), None if decoded is None else as_words(decoded), as_words(dw), *words,
+            as_words(w), decoded, dw, *words,
             None if c is None else as_words(c), *keys, self._columns, *numbers,
         )  # fmt: skip
 
@@ -244,6 +247,11 @@ def restore_columns(columns: Tensor) -> Tensor:
     """Columns in `halves_order` back in their own."""
     order = halves_order(columns.shape[1], columns.device)
     return torch.empty_like(columns).index_copy_(1, order, columns)
+
+
+def _by_halves(words_CD: Tensor) -> Tensor:
+    """Rows in `halves_order` as [C, 2, their halves]."""
+    return words_CD.view(words_CD.shape[0], 2, words_CD.shape[1] // 2)
 
 
 def _load(state: Tensor | Blockwise, start: int, stop: int) -> Tensor:

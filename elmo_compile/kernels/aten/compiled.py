@@ -3,7 +3,7 @@
 A piece is a plain function of tensors, numbers and None; the same source runs eagerly and
 compiled. Each distinct use (which arguments are None, which dtypes, which flags) is compiled once,
 with every size symbolic, so that neither N, L, D, a ragged last chunk, a learning rate nor a step
-compiles again. Tried on torch 2.13.
+compiles again. Private APIs: `torch._dynamo`, `torch._C`; tried on torch 2.13.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ _INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {
     "realize_reads_threshold": 1 << 20,
     "realize_acc_reads_threshold": 1 << 20,
 }
+_Run = Callable[..., Any]
 _lock = threading.RLock()
-_cache: dict[Any, Callable[..., Any]] = {}
+_cache: dict[Any, _Run] = {}
 _told: set[str] = set()
 
 
@@ -58,10 +59,42 @@ def piece(fn: Callable[..., Any], use_compiled: bool, **flags: Any) -> Callable[
         if _get_current_dispatch_mode() is not None:  # FlopCounterMode: Dynamo refuses under one
             return eager(*args)
         key = (fn, tuple(sorted(flags.items())), tuple(_kind(a) for a in args))
-        run = _cache.get(key) or _compile(key, fn, flags, args, torch._dynamo.mark_dynamic)
+        run = _cache.get(key)
+        if run is None:
+            run = _compiled_once(key, eager, lambda: _piece_of(fn, flags, args))
         return run(*args)
 
     return call
+
+
+def _piece_of(fn: Callable[..., Any], flags: dict[str, Any], args: tuple[Any, ...]) -> _Run:
+    """A function compiled; its numbers travel in one float64 tensor.
+
+    As Python floats they would be symbols, and so would every float constant of the source that
+    Dynamo reads (a format's largest value): what it then cannot keep as a symbol makes it start
+    again, which took a quarter of the fp8 update's time. With `specialize_float` the source's
+    constants are constants, and the elements of a tensor are data.
+    """
+    numbers = tuple(isinstance(a, float) for a in args)
+
+    def unpacked(packed: Tensor, *others: Any) -> Any:
+        scalars, rest = iter(packed.unbind()), iter(others)
+        return fn(*[next(scalars) if number else next(rest) for number in numbers], **flags)
+
+    def pack(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        packed = torch.tensor([a for a in values if isinstance(a, float)], dtype=torch.float64)
+        return packed, *(a for a in values if not isinstance(a, float))
+
+    if not any(numbers):
+        compiled = _compiler(_own_code(fn, flags))
+        with torch._dynamo.config.patch(specialize_float=True):
+            compiled(*_copies(args, torch._dynamo.mark_dynamic))
+        return compiled
+    compiled = _compiler(_own_code(unpacked, {}))
+    packed, *others = pack(args)
+    with torch._dynamo.config.patch(specialize_float=True):
+        compiled(packed, *_copies(tuple(others), torch._dynamo.mark_dynamic))
+    return lambda *values: compiled(*pack(values))
 
 
 def graph_piece(module: fx.GraphModule, use_compiled: bool) -> Callable[..., Any]:
@@ -78,10 +111,16 @@ def graph_piece(module: fx.GraphModule, use_compiled: bool) -> Callable[..., Any
         if any(t.numel() == 0 for t in tensors) or _get_current_dispatch_mode() is not None:
             return module(*args)
         key = (module, tuple(_kind(a) for a in args))
-        run = _cache.get(key) or _compile(
-            key, forward, {}, (module, *args), torch._dynamo.maybe_mark_dynamic
-        )
-        return run(module, *args)
+        run = _cache.get(key)
+        if run is None:
+
+            def compiled() -> _Run:
+                made = _compiler(_own_code(forward, {}))
+                made(module, *_copies(args, torch._dynamo.maybe_mark_dynamic))
+                return functools.partial(made, module)
+
+            run = _compiled_once(key, module, compiled)
+        return run(*args)
 
     return call
 
@@ -95,25 +134,31 @@ def _kind(value: Any) -> Any:
     return type(value)
 
 
-def _compile(
-    key: Any,
-    fn: Callable[..., Any],
-    flags: dict[str, Any],
-    args: tuple[Any, ...],
-    mark: Callable[[Tensor, int], None],
-) -> Callable[..., Any]:
-    """Compile a piece on copies of its first arguments; eager, and said, if that fails."""
+def _compiler(fn: Callable[..., Any]) -> _Run:
+    """`fn` to be compiled at its first call, which it and later ones make below autograd.
+
+    Nothing records gradients here, and Dynamo guards on the dispatch keys that are left: a first
+    call inside an op and the calls after it, or an optimizer's, would be two variants.
+    """
+    compiled = torch.compile(fn, dynamic=True, fullgraph=True, options=_INDUCTOR)
+
+    def run(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return compiled(*args)
+
+    return run
+
+
+def _compiled_once(key: Any, eager: _Run, compile_now: Callable[[], _Run]) -> _Run:
+    """What `compile_now` returns, kept under `key`; eager, and said, if that fails."""
     with _lock:
         if key in _cache:
             return _cache[key]
         try:
-            run = torch.compile(
-                _own_code(fn, flags), dynamic=True, fullgraph=True, options=_INDUCTOR
-            )
-            run(*_copies(args, mark))
+            run = compile_now()
         except Exception as error:  # whatever a compiler or its absence raises
             _tell(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
-            run = functools.partial(fn, **flags)
+            run = eager
         _cache[key] = run
         return run
 

@@ -100,7 +100,10 @@ def lanes_(
     *,
     form: Form,
 ) -> None:
-    """`plain_` on words: all bf16 pairs, or w E4M3 quads with `decoded` and dw in halves."""
+    """`plain_` on words: all bf16 pairs, or w E4M3 quads with `decoded` and dw by halves.
+
+    By halves is [C, 2, D/4]: one symbolic width to trace, where a cut through [C, D/2] has two.
+    """
     fmt = BF16 if decoded is None else E4M3
     rates = Rates(lr, weight_decay, beta1, beta2, eps, error)
     if decoded is None:
@@ -154,8 +157,7 @@ def _pack(parts: list[Tensor]) -> Tensor:
 
 def _halves(words: Tensor) -> tuple[Tensor, ...]:
     """float32 values of columns 4i, 4i+1, 4i+2, 4i+3 of bf16 words in `halves_order`."""
-    half = words.shape[1] // 2
-    return lanes.unpack_bf16(words[:, :half]) + lanes.unpack_bf16(words[:, half:])
+    return lanes.unpack_bf16(words[:, 0]) + lanes.unpack_bf16(words[:, 1])
 
 
 def _on_grid(v: Tensor, key_C: Tensor, d_D: Tensor, fmt: StorageFormat) -> Tensor:
