@@ -2,7 +2,7 @@
 
 Uses private APIs: `torch._inductor.compile_fx`, `torch._inductor.list_mode_options`,
 `torch._inductor.cpu_vec_isa` and `torch.compiler.config.cache_key_tag` (tried on torch 2.11 and
-2.13; `cpu_vec_isa` on 2.13).
+2.13; `cpu_vec_isa` on 2.13, and there in 2.11 to 2.15).
 """
 
 from __future__ import annotations
@@ -55,7 +55,18 @@ def build_vector_probes() -> None:
     Inductor comes to the same conclusions by itself: it waits for these files by their locks, and
     loads them. It is spared that only where its own cached answer is made here.
     """
-    from torch._inductor import codecache, cpp_builder, cpu_vec_isa  # noqa: F401 (not in threads)
+    try:
+        # All three here: threads must not import.
+        from torch._inductor import codecache, cpp_builder, cpu_vec_isa  # noqa: F401
+
+        names = cpu_vec_isa.x86_isa_checker()
+        known = [
+            type(isa)
+            for isa in cpu_vec_isa.supported_vec_isa_list
+            if all(name in names for name in str(isa).split())
+        ]
+    except (ImportError, AttributeError):  # another torch: Inductor builds them when it asks
+        return
 
     def build(isa: type[Any]) -> None:
         with contextlib.suppress(Exception):  # Inductor will meet it again, and say so
@@ -63,12 +74,6 @@ def build_vector_probes() -> None:
                 # What the set has beyond its base is noted in the object asked: not in Inductor's.
                 bool(type("Probe", (isa,), {"_probe_load": lambda self, path: True})())
 
-    names = cpu_vec_isa.x86_isa_checker()
-    known = [
-        type(isa)
-        for isa in cpu_vec_isa.supported_vec_isa_list
-        if all(name in names for name in str(isa).split())
-    ]
     if known:
         pool = concurrent.futures.ThreadPoolExecutor(len(known), "elmo-vector-probe")
         for isa in known:
