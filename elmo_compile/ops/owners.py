@@ -290,6 +290,8 @@ class Owner(OpenCalls):
         if not self.kept:
             return
         update = for_kept(self.kept, self.next_update())
+        if guard is not None:
+            guard = guard.to(self.param.device) if self.param.is_cuda else None
         for one in self.kept:
             if factor is not None:
                 one.times_(factor.to(self.param.device))

@@ -100,15 +100,20 @@ class Graphs:
         """Whether this step is being captured; if not, make what one that is will write to.
 
         Raises:
-            FusedUpdateError: no ordinary step came before, or a parameter with a gradient is not on
-                the device whose work is captured: replays would not update it.
+            FusedUpdateError: in a capture: no ordinary step came before, or a parameter with a
+                gradient is on another device, where replays would not update it.
         """
         there = [(group, param) for group, param, _ in members]
         home = next((param.device for _, param in there if param.is_cuda), None)
         if home is None:
             return False
-        captured = capturing(home)
+        captured, ours = capturing(home), any(is_on_device(*one) for one in there)
         if captured:
+            if ours and self._skipped is None:
+                raise FusedUpdateError(
+                    "a CUDA graph is being captured before any ordinary step of this optimizer. "
+                    "Run a forward, a backward and a step first"
+                )
             for _, param in there:
                 if param.grad is not None and param.device != home:
                     raise FusedUpdateError(
@@ -116,7 +121,7 @@ class Graphs:
                         f"{tuple(param.shape)} is on {param.device}: replays would not update it. "
                         "Give it an optimizer whose step() is outside the graph"
                     )
-        elif self._skipped is None and any(is_on_device(*one) for one in there):
+        elif ours and self._skipped is None:
             self._skipped = torch.zeros((), dtype=torch.int64, device=home)
             self._go_ahead = torch.zeros((), dtype=torch.int32, device=home)
         return captured

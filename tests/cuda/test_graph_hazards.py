@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import LAST, WARM, Run, assert_same, refused, side_stream
-from steps import net, on_device
+from steps import batch, net, on_device
 from torch import nn
 from training import compiled
 
@@ -32,8 +32,38 @@ def test_a_capture_needs_ordinary_steps_before(options):
     run = Run("sgd", options, capturable=True, fused=False)
     run.step(*on_device(0)).backward()  # compiled, but nothing was updated yet
     run.opt.zero_grad()
+    with refused("before any ordinary step"):
+        run.capture()
+
+
+def test_a_parameter_without_state_is_refused(options):
+    run = Run("adamw", options, capturable=True, fused=False)
+    bias = run.model.encoder.bias.requires_grad_(False)
+    run.warm()
+    bias.requires_grad_()
     with refused("Run an ordinary forward, backward and step"):
         run.capture()
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_a_head_beside_parameters_of_another_device(where, options):
+    """Ordinary steps of a capturable optimizer may have some."""
+
+    def run(**hyper: Any) -> nn.Module:
+        model = net("bce").to(where)
+        other = nn.Parameter(torch.ones(4, device="cuda" if where == "cpu" else "cpu"))
+        step = compiled(model, options)
+        opt = elmo.optim.SGD([*model.parameters(), other], 0.5, update_at="step", **hyper)
+        for seed in range(2):
+            (other * other).sum().backward()
+            step(*(t.to(where) for t in batch(seed))).backward()
+            opt.step()
+            opt.zero_grad()
+        assert not torch.equal(other.cpu(), torch.ones(4))
+        return model
+
+    for a, b in zip(run(capturable=True).parameters(), run().parameters()):
+        assert torch.equal(a, b)
 
 
 def test_a_rate_that_is_a_number_is_refused(options):
