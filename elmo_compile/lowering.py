@@ -49,18 +49,20 @@ def build_vector_probes() -> None:
 
     With an empty cache it asks of each set of vector instructions, one after the other, whether the
     C++ compiler and torch know it: six runs of the compiler on an AVX-512 machine, 10 of the 20
-    seconds of a first step. Here they run in threads, a set each, from when a graph arrives: its
-    passes and the tracing of kernels need a core at most.
+    seconds of a first step, though it will use the widest set alone. Here they run in threads, from
+    when a graph arrives: its passes and the tracing of kernels need a core at most.
 
-    Inductor comes to the same conclusions by itself: it waits for these files by their locks, and
-    loads them. It is spared that only where its own cached answer is made here.
+    The widest set's program is built, loaded and so answered for; who knows it knows the narrower
+    ones, whose programs are not built. Of what a set may have beyond (bf16, VNNI) the programs are
+    built only: that answer is noted in the object asked, and must be noted in Inductor's. It waits
+    for the files by their locks.
     """
     try:
         # All three here: threads must not import.
         from torch._inductor import codecache, cpp_builder, cpu_vec_isa  # noqa: F401
 
-        names = cpu_vec_isa.x86_isa_checker()
-        known = [
+        base, names = cpu_vec_isa.VecISA, cpu_vec_isa.x86_isa_checker()
+        isas = [
             type(isa)
             for isa in cpu_vec_isa.supported_vec_isa_list
             if all(name in names for name in str(isa).split())
@@ -68,17 +70,37 @@ def build_vector_probes() -> None:
     except (ImportError, AttributeError):  # another torch: Inductor builds them when it asks
         return
 
-    def build(isa: type[Any]) -> None:
-        with contextlib.suppress(Exception):  # Inductor will meet it again, and say so
-            if cpu_vec_isa.VecISA.__bool__(isa()):
-                # What the set has beyond its base is noted in the object asked: not in Inductor's.
-                bool(type("Probe", (isa,), {"_probe_load": lambda self, path: True})())
+    def answer(widest: type[Any], *narrower: type[Any]) -> None:
+        if base.__bool__(widest()):  # cached by class, as for Inductor's own object of it
+            for isa in narrower:
+                known: Any = isa()
+                known.check_build = lambda code: True
+                base.__bool__(known)
 
-    if known:
-        pool = concurrent.futures.ThreadPoolExecutor(len(known), "elmo-vector-probe")
-        for isa in known:
-            pool.submit(contextvars.copy_context().run, build, isa)
+    def build_rest(*isas: type[Any]) -> None:
+        for isa in isas:
+            bool(_without_base(isa, base)())
+
+    if isas:
+        pool = concurrent.futures.ThreadPoolExecutor(2, "elmo-vector-probe")
+        for task in (answer, build_rest):
+            pool.submit(contextvars.copy_context().run, _quietly, task, *isas)
         pool.shutdown(wait=False)
+
+
+def _without_base(isa: type[Any], base: type[Any]) -> type[Any]:
+    """A class of instruction sets of which all is built but the base's program; nothing loaded."""
+
+    def check_build(self: Any, code: str) -> bool:
+        return code == base._avx_code or bool(isa.check_build(self, code))
+
+    return type("Probe", (isa,), {"check_build": check_build, "_probe_load": lambda *_: True})
+
+
+def _quietly(task: Callable[..., None], *args: Any) -> None:
+    """Run something that is done again, and then spoken of, where it fails here."""
+    with contextlib.suppress(Exception):
+        task(*args)
 
 
 def lower(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:

@@ -12,8 +12,8 @@ from steps import batch, on_device
 import elmo_compile as elmo
 from elmo_compile.errors import InputError
 
-BY_OTHERS = ("sgd", "adamw")
-"""Cases that the tests below replay too."""
+BY_OTHERS = ("sgd", "adamw", "adamw, float32", "adamw, eco", "not fused")
+"""Cases that other tests replay, or cases of the same kernels."""
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_ordinary_steps_go_on_after_replays(options):
     assert_same(run.bits(), plain.bits())
 
 
-@pytest.mark.parametrize("capturable", [True, False])
+@pytest.mark.parametrize("capturable", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_checkpoint_of_replays_continues(capturable, options):
     plain, run = Run("adamw", options), Run("adamw", options, capturable=True)
     for seed in range(LAST + 1):

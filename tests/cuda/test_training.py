@@ -114,7 +114,11 @@ def test_the_backend_alone_gives_torch_s_gradients(kind, options, no_host_reads)
     assert len(elmo.last_report().matches) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["float32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, marks=pytest.mark.slow), BF16],
+    ids=["float32", "bf16"],
+)
 def test_softmax_of_row_blocks(dtype, no_host_reads):
     """The logits of a block of rows are held, and no product is made twice."""
     rows, outputs = 512, 300
