@@ -17,6 +17,9 @@ import elmo_compile as elmo
 from elmo_compile.errors import StaleLogitsError
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_what_is_not_capturable_is_refused(fused, options):
     run = Run("sgd", options, fused=fused)
@@ -45,7 +48,7 @@ def test_a_parameter_without_state_is_refused(options):
         run.capture()
 
 
-@pytest.mark.parametrize("where", ["cpu", "cuda"])
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=SLOW)])
 def test_a_head_beside_parameters_of_another_device(where, options):
     """Ordinary steps of a capturable optimizer may have some."""
 
@@ -118,7 +121,9 @@ def test_nothing_of_a_step_outlives_it_in_autograd(options):
     assert "of" not in owner_of(run).accumulate_node.metadata
 
 
-@pytest.mark.parametrize("case", ["sgd", "adagrad", "clipped at the step"])
+@pytest.mark.parametrize(
+    "case", ["clipped at the step", *(pytest.param(c, marks=SLOW) for c in ("sgd", "adagrad"))]
+)
 def test_no_kernel_is_compiled_in_a_capture(case, options):
     host_cuda = pytest.importorskip("host_cuda")
     run = Run(case, options, capturable=True)
@@ -149,7 +154,11 @@ def test_a_rate_set_as_a_number_reaches_replays_at_the_next_ordinary_step(option
         assert name.startswith("step") or torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize("hyper", [{}, {"update_at": "step"}], ids=["backward", "step"])
+@pytest.mark.parametrize(
+    "hyper",
+    [{}, pytest.param({"update_at": "step"}, marks=SLOW)],
+    ids=["backward", "step"],
+)
 def test_a_capture_that_failed_leaves_training_as_it_was(hyper, options):
     plain = Run("adamw", options, **hyper)
     run = Run("adamw", options, capturable=True, **hyper)

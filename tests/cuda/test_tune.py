@@ -78,6 +78,7 @@ def trained(monkeypatch):
     return model.state_dict(), taken
 
 
+@pytest.mark.slow
 def test_the_real_clock_and_every_candidate_of_a_tiny_list():
     """No time is made up: whatever wins, the entry is one that can be read."""
     case = bench.Case(rows=4, features=16, outputs=64, loss="cross_entropy", device="cuda")

@@ -61,8 +61,11 @@ def tuned_tiles(p: HeadProblem, chip: int) -> Fields:
     if found is None:
         with _lock:
             if index not in _by_device:
-                _by_device[index] = {}  # a warning that is an error is one once
-                _by_device[index] = _of_device(x_ND.device, chip)
+                read_now: dict[HeadKey, Fields] = {}
+                try:
+                    read_now = _of_device(x_ND.device, chip)
+                finally:  # a warning that is an error is one once
+                    _by_device[index] = read_now
             found = _by_device[index]
     if not found:
         return {}
