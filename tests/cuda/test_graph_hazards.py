@@ -16,7 +16,6 @@ from training import compiled
 import elmo_compile as elmo
 from elmo_compile.errors import StaleLogitsError
 
-
 SLOW = pytest.mark.slow
 
 
