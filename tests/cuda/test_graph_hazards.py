@@ -183,6 +183,7 @@ def test_a_capture_that_failed_leaves_training_as_it_was(hyper, options):
     assert_same(run.bits(), plain.bits())
 
 
+@SLOW
 def test_a_program_at_the_step_is_refused_and_nothing_is_marked(options):
     model = net("focal").to("cuda")
     step = compiled(model, options)

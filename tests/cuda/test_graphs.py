@@ -12,7 +12,9 @@ from steps import batch, on_device
 import elmo_compile as elmo
 from elmo_compile.errors import InputError
 
-BY_OTHERS = ("sgd", "adamw", "adamw, float32", "adamw, eco", "not fused")
+BY_OTHERS = (
+    "sgd", "adamw", "adamw, float32", "adamw, eco", "lion, some kahan", "adamw, 8 bits", "not fused",
+)  # fmt: skip
 """Cases that other tests replay, or cases of the same kernels."""
 
 
