@@ -16,9 +16,10 @@ PACKAGE = "elmo_compile"
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
+    "host_memory": set(),
     "numerics": set(),
-    "programs": {"ops", "numerics"},
-    "kernels": {"numerics", "programs"},
+    "programs": {"ops", "numerics", "host_memory"},
+    "kernels": {"numerics", "programs", "host_memory"},
     "ops": {"kernels", "numerics", "programs"},
     "planner": {"numerics"},
     "report": {"planner"},

@@ -13,7 +13,7 @@ def commands() -> list[str]:
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
-    (test,) = [line for line in commands() if line.endswith("-m pytest")]
+    (test,) = [line for line in commands() if line.endswith("-m pytest -n 2")]
     script = (ROOT / ".ci" / "run").read_text().splitlines()
     assert test.replace("pip install", "pip install -q") in script
 

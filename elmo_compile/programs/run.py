@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from elmo_compile import host_memory
 from elmo_compile.errors import InputError
 from elmo_compile.programs.record import Result, Schedule, Walk
 
@@ -132,7 +133,7 @@ class _Total:
         if not self._parts:
             shape = list(part.shape)
             shape[dim] = self._L
-            self._parts = [part.new_empty(shape, dtype=self.result.meta.dtype)]
+            self._parts = [host_memory.empty(shape, self.result.meta.dtype, part.device)]
         self._parts[0].narrow(dim, start, part.shape[dim]).copy_(part)
 
     def value(self) -> Any:

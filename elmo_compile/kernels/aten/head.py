@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from elmo_compile import host_memory
 from elmo_compile.kernels.aten import pieces
 from elmo_compile.kernels.aten.chunk_loss import ChunkLoss
 from elmo_compile.kernels.aten.compiled import SMALL, piece
@@ -59,7 +60,7 @@ def new_held(p: HeadProblem) -> Tensor:
 
 def _padded(outputs: int, rows: int, dtype: torch.dtype) -> Tensor:
     pad = _PAD if rows and rows * dtype.itemsize % _PAGE == 0 else 0
-    return torch.empty(outputs, rows + pad, dtype=dtype)[:, :rows]
+    return host_memory.empty((outputs, rows + pad), dtype)[:, :rows]
 
 
 class Operands:
@@ -209,7 +210,7 @@ class WeightGradient:
         w_LD = head.w_LD
         narrow = w_LD.dtype in _NARROW_GRADIENTS and not head.wide_dw
         dtype = w_LD.dtype if narrow else torch.float32
-        self.dw_LD = torch.empty(w_LD.shape, dtype=dtype, device=w_LD.device)
+        self.dw_LD = host_memory.empty(w_LD.shape, dtype, w_LD.device)
         self._direct = dtype == head.operand and head.weight.layout != "quads"
         self._part: Tensor | None = None
         if not self._direct:

@@ -12,6 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from elmo_compile import host_memory
 from elmo_compile.kernels.aten.head import BiasGradient, FeatureGradient, Head, WeightGradient
 from elmo_compile.kernels.aten.row_losses import SoftmaxRows
 from elmo_compile.kernels.aten.stored import StoredWeight
@@ -53,7 +54,7 @@ def row_blocks(
         head = Head(dataclasses.replace(p, x_ND=x_RD, target=target_R), weight=weight)
         weight = head.weight
         if held is None:
-            held = torch.empty(num_outputs * head.x_ND.shape[0], dtype=head.operand)
+            held = host_memory.empty((num_outputs * head.x_ND.shape[0],), head.operand)
         z_LR = held[: num_outputs * head.x_ND.shape[0]].view(num_outputs, -1)
         part = None if top is None else top.part(start, stop)
 
