@@ -195,9 +195,13 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
         update = update_named(p, case.update)
         records([dataclasses.replace(update, lr=lr, step=step)], lr.device)
 
+    def scaled() -> None:
+        dw = torch.empty_like(p.w_LD, dtype=None if case.stored != "fp8" else torch.float32)
+        family.scale_(dw, torch.empty((), device="meta"))
+
     # Partly compensated parameters take launches of their own, one by one.
     others: tuple[Callable[[], None], ...]
-    others = (topk, numbers_on_device)
+    others = (topk, numbers_on_device, scaled)
     others = others if case.update == "kahan rows" else (*others, parameters)
     if fits_row_blocks(p, 64, True):
         others = (*others, row_blocks)

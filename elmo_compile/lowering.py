@@ -21,6 +21,9 @@ import torch.fx as fx
 
 from elmo_compile.config import Options
 
+LARGE = 1 << 20
+"""Elements of a gradient that is worth an operation of its own."""
+
 
 @functools.cache
 def formulas() -> str:
@@ -116,11 +119,16 @@ def lower(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Ca
 
     settings: Any = torch.compiler.config
     tag = cache_tag(options)
+    at_once = torch.ops.elmo.head_loss_at_once.default
+    made_at_once = module.graph.find_nodes(op="call_function", target=at_once)
 
-    def inner_compile(*args: Any, **kwargs: Any) -> Any:
+    def inner_compile(graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         """Also called when the first backward runs, long after this function returned."""
+        # Inductor's own CUDA graphs are not for what writes to its inputs.
+        if made_at_once and kwargs.get("is_backward") and not kwargs.get("cudagraphs"):
+            scale_in_place(graph)
         with settings.patch(cache_key_tag=tag):
-            return compile_fx.compile_fx_inner(*args, **kwargs)
+            return compile_fx.compile_fx_inner(graph, *args, **kwargs)
 
     with settings.patch(cache_key_tag=tag):
         compiled: Any = compile_fx.compile_fx(
@@ -131,6 +139,50 @@ def lower(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Ca
         )
     call: Callable[..., Any] = compiled
     return call
+
+
+def scale_in_place(backward: fx.GraphModule) -> None:
+    """Let a backward graph multiply by `elmo::scale_` what it would return multiplied by a scalar.
+
+    That is done to large tensors that the backward alone holds ("donated": AOTAutograd refuses to
+    run such a graph twice) and uses for nothing else: gradients that `elmo::head_loss_at_once` made
+    in the forward. Tried on torch 2.11, 2.13 and 2.15.
+    """
+    try:
+        from torch._inductor.utils import get_donated_idxs
+    except ImportError:  # another torch: one more pass over the gradient
+        return
+    graph, donated = backward.graph, set(get_donated_idxs() or ())
+    returned = graph.find_nodes(op="output")[0].all_input_nodes
+    for number, made in enumerate(graph.find_nodes(op="placeholder")):
+        if number not in donated or len(made.users) != 1:
+            continue
+        (product,) = made.users
+        if product not in returned or product.target is not torch.ops.aten.mul.Tensor:
+            continue
+        first, factor = product.args
+        if first is made and _is_large_and_scaled(made, factor, product):
+            with graph.inserting_before(product):
+                graph.call_function(torch.ops.elmo.scale_.default, (made, factor))
+            product.replace_all_uses_with(made)
+            graph.erase_node(product)
+    backward.recompile()
+
+
+def _is_large_and_scaled(*nodes: Any) -> bool:
+    """Whether (tensor, factor, product) are a large tensor, a scalar, and a tensor like it."""
+    values = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in nodes]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if len(tensors) < len(nodes):
+        return False
+    made, factor, product = tensors
+    if not all(each.is_floating_point() for each in (made, factor)):
+        return False
+    if (product.dtype, product.shape) != (made.dtype, made.shape):
+        return False
+    same_device = made.device == factor.device == product.device
+    large = isinstance(made.numel(), int) and made.numel() >= LARGE
+    return same_device and large and factor.ndim == 0 and made.is_contiguous()
 
 
 def lower_later(module: fx.GraphModule, options: Options, dynamic: bool) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ def load() -> None:
         head_program,
         linear,
         multi_hot,
+        scale,
     )
 
-    del at_once, cut, fused, fused_program, head_loss, head_program, linear, multi_hot
+    del at_once, cut, fused, fused_program, head_loss, head_program, linear, multi_hot, scale

@@ -40,6 +40,7 @@ __all__ = [
     "head_chunks",
     "loss_and_gradients",
     "new_held",
+    "scale_",
     "topk",
     "update_from_chunks",
 ]
@@ -170,6 +171,14 @@ def backward_update(
     for start, stop, g_CN in walk:
         head.weight.step(start, stop, g_CN, walk.xs_ND, walk.scale)
     return UpdateResult(walk.dx_ND(), walk.db_L(), walk.rows_N())
+
+
+@_plain_mode
+def scale_(made: Tensor, factor: Tensor) -> None:
+    """Multiply a tensor by a 0-d one, unless that is 1."""
+    number = float(factor)
+    if number != 1.0:
+        made.mul_(number)
 
 
 class _Walk:

@@ -10,6 +10,15 @@ from elmo_compile.kernels.triton.head import (
     head_chunks,
     loss_and_gradients,
 )
+from elmo_compile.kernels.triton.scale import scale_
 from elmo_compile.kernels.triton.topk import topk
 
-__all__ = ["backward", "backward_update", "forward", "head_chunks", "loss_and_gradients", "topk"]
+__all__ = [
+    "backward",
+    "backward_update",
+    "forward",
+    "head_chunks",
+    "loss_and_gradients",
+    "scale_",
+    "topk",
+]
