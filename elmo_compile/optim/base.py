@@ -18,6 +18,7 @@ from elmo_compile.ops.owners import Owner, Policy, owner_of, register, unregiste
 from elmo_compile.optim import guards, options, state, whole
 from elmo_compile.optim.on_device import Graphs, count, rate_of, step_of
 from elmo_compile.optim.ordinary import Gradient, apply_updates, check_updates
+from elmo_compile.optim.used import Used
 
 _INNER = {"params", "param_ids", "param_names", "rounding_version"}
 """Entries of a group that nobody asked for."""
@@ -39,7 +40,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         self._next_id = 0
         self._warned = self._stepped = False
         self._skipped = 0
-        self._graphs = Graphs()
+        self._graphs, self._used = Graphs(), Used(defaults)
         super().__init__(params, defaults)
 
     # What a rule is
@@ -119,7 +120,8 @@ class HeadOptimizer(torch.optim.Optimizer):
         Raises:
             FusedUpdateError: a fused head also received a dense gradient; another optimizer took a
                 weight over; a weight is inconsistent or was replaced by one nobody owns; a closure
-                was given and a head is fused. Nothing is modified.
+                was given and a head is fused; a head was updated by another rate than the group's
+                of now. Nothing is modified.
             InputError: a head's input was invalid; no update of that head was applied, and nothing
                 else is updated. Clear the gradients and go on.
         """
@@ -129,6 +131,7 @@ class HeadOptimizer(torch.optim.Optimizer):
             try:
                 for owner in self._owners:
                     owner.check_step()
+                    self._used.check(owner, self._find(owner.param).group)
                 gradients = whole.Gradients(self._members(), self._owners)
                 if captured:
                     wrong = gradients.wrong_on_device(self._owners)
@@ -137,6 +140,7 @@ class HeadOptimizer(torch.optim.Optimizer):
             except InputError:
                 for owner in self._owners:
                     owner.pending = False  # the next backward may come
+                self._used.forget()
                 raise
             if skips:
                 self._skipped += 1
@@ -144,6 +148,7 @@ class HeadOptimizer(torch.optim.Optimizer):
                 self._apply(gradients.clip_factors(), self._graphs.guard(wrong))
         for owner in self._owners:
             owner.close_step()
+        self._used.forget()
         self._warn_if_nothing_fused()
         return loss
 
@@ -235,6 +240,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         for owner in self._owners:
             owner.inconsistent = owner.pending = False
             owner.forget_kept()
+        self._used.forget()
 
     def _restore_state(self, state_dict: dict[str, Any]) -> None:
         """State as saved: torch.optim casts it to the weight's dtype, which may be fp8."""
@@ -252,7 +258,7 @@ class HeadOptimizer(torch.optim.Optimizer):
             group.setdefault("capturable", False)  # pickled before there was such an option
         if not hasattr(self, "_owners"):
             self._owners, self._warned, self._stepped = [], False, False
-            self._skipped, self._graphs = 0, Graphs()
+            self._skipped, self._graphs, self._used = 0, Graphs(), Used(self.defaults)
         ids = [i for group in self.param_groups for i in group["param_ids"]]
         self._next_id = 1 + max(ids, default=-1)
         self._register()
@@ -281,7 +287,8 @@ class HeadOptimizer(torch.optim.Optimizer):
         # The registry must not keep a discarded optimizer alive.
         me, this = weakref.ref(self), weakref.ref(param)
         owner = Owner(param, name, lambda: _alive(me)._update(*_alive(me)._find(_alive(this))))
-        owner.on_update = lambda guard: _alive(me)._count(_alive(this), guard)
+        mine = weakref.ref(owner)
+        owner.on_update = lambda guard: _alive(me)._updated(_alive(mine), guard)
         owner.policy = lambda: _policy(_alive(me)._find(_alive(this)).group)
         register(owner)
         return owner
@@ -340,8 +347,10 @@ class HeadOptimizer(torch.optim.Optimizer):
                 held[name] = held[name].to(param.device)
         return other, held["compensation"], held.get("kahan_rows")
 
-    def _count(self, param: Tensor, guard: Tensor | None = None) -> None:
-        count([(self.state[param], self._find(param).group, param)], guard)
+    def _updated(self, owner: Owner, guard: Tensor | None) -> None:
+        group = self._find(owner.param).group
+        self._used.note(owner, group)
+        count([(self.state[owner.param], group, owner.param)], guard)
 
     def _warn_if_nothing_fused(self) -> None:
         first, self._stepped = not self._stepped, True

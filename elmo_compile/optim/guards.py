@@ -8,8 +8,8 @@ fused optimizer is made; the wrappers do nothing unless a fused head is involved
 Private names: `torch.nn.utils.clip_grad._clip_grads_with_norm_`, looked up by `clip_grad_norm_` at
 every call, so that `from torch.nn.utils import clip_grad_norm_` is covered too, and
 `GradScaler._unscale_grads_`, through which every unscaling and every check for infinities goes
-(torch 2.11 to 2.15). A `clip_grad_value_` imported by name before the first fused optimizer was
-made is not.
+(torch 2.11 to 2.15). `clip_grad_value_` and `clip_grads_with_norm_` imported by name before the
+first fused optimizer was made are not.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _MARK = "_elmo_compile_guard"
 def install() -> None:
     """Wrap torch's gradient clipping and GradScaler.scale (idempotent)."""
     _wrap(clip_grad, "_clip_grads_with_norm_", _refuse_clipping)
+    _wrap(torch.nn.utils, "clip_grads_with_norm_", _refuse_clipping)
     _wrap(clip_grad, "clip_grad_value_", _refuse_clipping)
     _wrap(torch.nn.utils, "clip_grad_value_", _refuse_clipping)
     _wrap(torch.amp.GradScaler, "scale", _refuse_scaling)

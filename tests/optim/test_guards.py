@@ -16,6 +16,10 @@ CLIPS = [
     pytest.param(lambda params: clip_grad_norm_(params, 0.1), id="imported before"),
     pytest.param(lambda params: torch.nn.utils.clip_grad_norm_(params, 0.1), id="norm"),
     pytest.param(lambda params: torch.nn.utils.clip_grad_value_(params, 0.01), id="value"),
+    pytest.param(
+        lambda params: torch.nn.utils.clip_grads_with_norm_(params, 0.1, torch.tensor(5.0)),
+        id="in two parts",
+    ),
 ]
 
 
@@ -63,6 +67,62 @@ def test_clipping_without_a_fused_head_works(clip, case: str) -> None:
         not torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), twin.parameters())
     )
     del opt
+
+
+def change(name: str, opt: torch.optim.Optimizer) -> None:
+    (group,) = opt.param_groups
+    if name == "scheduler":
+        with pytest.warns(UserWarning, match="before `optimizer.step"):
+            torch.optim.lr_scheduler.LambdaLR(opt, lambda n: 0.5**n).step()
+    elif name == "lr tensor":
+        group["lr"].mul_(0.5)
+    else:
+        group[name] = {"lr": 0.0, "weight_decay": 0.1, "betas": (0.5, 0.9)}[name]
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "betas", "scheduler", "lr tensor"])
+def test_a_rate_that_changes_between_backward_and_step_raises(name: str) -> None:
+    model = net()
+    lr = torch.tensor(0.25) if name == "lr tensor" else 0.25
+    opt = elmo.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
+    step = compiled(model)
+    train(step, opt, 1)
+    step(*batch()).backward()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    old = dict(opt.param_groups[0])
+    old["lr"] = float(old["lr"])
+    change(name, opt)
+    with pytest.raises(FusedUpdateError, match=r"was .* in backward\(\).*update_at='step'"):
+        opt.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    opt.param_groups[0].update(old)
+    opt.step()  # nothing was lost
+    assert not torch.equal(model.encoder.weight, before["encoder.weight"])
+    change("lr", opt)  # between steps, as often as wished
+    train(step, opt, 1)
+
+
+@pytest.mark.parametrize("what", ["at the step", "not fused", "no backward"])
+def test_a_rate_may_change_before_a_step_that_reads_it(what: str) -> None:
+    model = net()
+    twin = copy.deepcopy(model)
+    how = {"update_at": "step"} if what == "at the step" else {"fused": what != "not fused"}
+    opt = elmo.optim.SGD(model.parameters(), 0.5, **how)
+    theirs = torch.optim.SGD(twin.parameters(), 0.5)
+    step = compiled(model)
+    if what != "no backward":
+        step(*batch()).backward()
+        twin(*batch()).backward()
+    for one in (opt, theirs):
+        one.param_groups[0]["lr"] = 0.125
+        one.step()
+        one.zero_grad()
+    step(*batch()).backward()
+    twin(*batch()).backward()
+    opt.step()
+    theirs.step()
+    for a, b in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(a, b)
 
 
 def test_clipping_after_an_unfused_backward_works() -> None:

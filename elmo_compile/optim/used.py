@@ -1,0 +1,60 @@
+"""The hyper-parameters that updates inside backward() took, until `opt.step()` has seen them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from elmo_compile.errors import FusedUpdateError
+from elmo_compile.ops.owners import Owner
+
+Group = dict[str, Any]
+
+
+class Used:
+    """What each head's group said when the head was first updated in this step."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        """names: hyper-parameters of a group."""
+        self._names = [name for name in names if name != "kahan_rows"]
+        self._by_head: dict[int, Group] = {}
+
+    def note(self, owner: Owner, group: Group) -> None:
+        """A head was updated."""
+        self._by_head.setdefault(owner.key, self._read(group))
+
+    def forget(self) -> None:
+        """A step is over."""
+        self._by_head.clear()
+
+    def check(self, owner: Owner, group: Group) -> None:
+        """Raise FusedUpdateError if the head was updated by other numbers than those of now.
+
+        Whatever `opt.step()` updates would be trained by another rate than the head.
+        """
+        before = self._by_head.get(owner.key)
+        if before is None or not owner.pending:
+            return
+        now = self._read(group)
+        for name in self._names:
+            if before[name] != now[name]:
+                raise FusedUpdateError(
+                    f"{name} of the head weight {owner.name} was {before[name]} in backward(), "
+                    f"which updated it, and is {now[name]} in opt.step(), which updates the rest. "
+                    "Change it before backward() (schedulers: after opt.step()), or construct the "
+                    "optimizer with update_at='step'"
+                )
+
+    def _read(self, group: Group) -> Group:
+        return {name: _comparable(group[name]) for name in self._names}
+
+
+def _comparable(value: Any) -> Any:
+    """A number for a tensor; one on a GPU, which is not waited for, by how often it was written."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_cuda:
+        return f"version {value._version} of tensor {id(value):#x}"
+    return value.item() if value.numel() == 1 else value.tolist()
