@@ -12,9 +12,21 @@ def load() -> None:
         fused_program,
         head_loss,
         head_program,
+        in_range,
         linear,
         multi_hot,
         scale,
     )
 
-    del at_once, cut, fused, fused_program, head_loss, head_program, linear, multi_hot, scale
+    del (
+        at_once,
+        cut,
+        fused,
+        fused_program,
+        head_loss,
+        head_program,
+        in_range,
+        linear,
+        multi_hot,
+        scale,
+    )

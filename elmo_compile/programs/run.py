@@ -13,7 +13,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from elmo_compile import host_memory
-from elmo_compile.errors import InputError
+from elmo_compile.ops.in_range import check_numbers
 from elmo_compile.programs.record import Result, Schedule, Walk
 
 Chunks = Callable[[tuple[int, ...]], Iterable[tuple[int, int, list[Tensor]]]]
@@ -88,18 +88,6 @@ def _walk(
             yield start, stop, dict(zip(walk.gradients, parts[at:]))
     for total in totals:
         env[total.result.name] = total.value()
-
-
-def check_numbers(numbers: Tensor, lowest: int, num_outputs: int) -> None:
-    """Raise InputError (on a GPU: stop the program) where a label is out of range."""
-    wrong = ((numbers < lowest) | (numbers >= num_outputs)).any()
-    if numbers.device.type != "cpu":
-        torch._assert_async(~wrong, "elmo_compile: a label is out of range")
-    elif bool(wrong):
-        worst = int(numbers.min()) if int(numbers.min()) < lowest else int(numbers.max())
-        raise InputError(
-            f"a label or output number is {worst}; accepted: {lowest} to {num_outputs - 1}"
-        )
 
 
 def _cut(value: Any, dim: int | None, start: int, stop: int) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from elmo_compile.ops.cut import cut
+from elmo_compile.ops.in_range import in_range
 from elmo_compile.programs.record import Unsupported
 
 aten = torch.ops.aten
@@ -123,6 +124,12 @@ class _Rerun(fx.Interpreter):
             return z.clone() if bias is None else z + self.env[bias]
         if n.target is aten.detach.default:
             return cut(self.env[n.args[0]])  # type: ignore[index]
+        if n.target is aten.one_hot.default:
+            # Decomposed, it is a comparison with 0, 1, ..., which takes any number.
+            numbers, *end = self.fetch_args_kwargs_from_env(n)[0]
+            if end and end[0] >= 0:
+                numbers = in_range(numbers, 0, end[0])
+            return aten.one_hot.default(numbers, *end)
         if _leads_to_product(n, self.known):
             return None
         return super().run_node(n)
