@@ -197,8 +197,15 @@ def _fill(weight: Tensor, values: Tensor | None, rounding: Rounding, seed: int) 
         else:
             rounded = round_nearest(block, weight.dtype)
         weight[rows] = rounded
-        lost += int(((block != 0) & (rounded.to(torch.float32) == 0)).sum())
+        lost += int(block.count_nonzero()) - _count_nonzero(rounded)  # zeros stay zeros
     return lost / max(1, values.numel())
+
+
+def _count_nonzero(narrow: Tensor) -> int:
+    """Elements of a bf16 or fp8 tensor that are not zero, by their bits but the sign."""
+    signed = {1: torch.int8, 2: torch.int16}[narrow.dtype.itemsize]
+    magnitude = narrow.view(signed) & torch.iinfo(signed).max
+    return int(magnitude.count_nonzero())
 
 
 def _row_blocks(values: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -105,11 +105,11 @@ def _parameters_kernel(
     offsets = tl.load(blocks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
     offsets = offsets + tl.arange(0, BLOCK)
     size = tl.load(table + 6)
+    if guard_ptr is not None:
+        size = tl.where(tl.load(guard_ptr) == 0, size, 0)
     if ALIGNED:
         size = tl.multiple_of(size, 16)
     mask = offsets < size
-    if guard_ptr is not None:
-        mask = mask & (tl.load(guard_ptr) == 0)
     width = tl.load(table + 7)
     row = offsets // width
     column = (offsets - row * width).to(tl.int32)

@@ -122,9 +122,10 @@ def update_kernel(
     outputs = tl.arange(0, BLOCK_L)
     columns = tl.arange(0, BLOCK_D)
     row_mask = outputs < L - l0
-    mask = row_mask[:, None] & (columns < D - d0)[None, :]
+    width = D - d0
     if guard_ptr is not None:
-        mask = mask & (tl.load(guard_ptr) == 0)
+        width = tl.where(tl.load(guard_ptr) == 0, width, 0)
+    mask = row_mask[:, None] & (columns < width)[None, :]
     offsets = outputs[:, None] * D + columns[None, :]
     w = widen(tl.load(w_ptr + l0.to(tl.int64) * D + d0 + offsets, mask=mask, other=0))
     lr, weight_decay, beta1, beta2, rest1, rest2, eps, error = rates(record_ptr)
@@ -167,9 +168,10 @@ def features_update_kernel(
     real_ND = row_real[:, None] & (columns < D - d0)[None, :]
     x = operand(tl.load(x_ptr + d0 + at_ND, mask=real_ND, other=0), COMPUTE)
     unit = tl.load(unit_ptr)
-    writable = True
+    width = D - d0
     if guard_ptr is not None:
-        writable = tl.load(guard_ptr) == 0
+        width = tl.where(tl.load(guard_ptr) == 0, width, 0)
+    writable = (columns < width)[None, :]
     dx = tl.full((BLOCK_N, BLOCK_D), 0.0, tl.float32)
     first = split * outputs_each
     for step in tl.range(0, ceil_div(tl.minimum(outputs_each, L - first), BLOCK_L)):
