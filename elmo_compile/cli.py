@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -41,17 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="elmo-compile", description=__doc__)
+    parser.add_argument("--version", action="version", version=_version("elmo-compile"))
     commands = parser.add_subparsers(required=True, metavar="{env,bench,tune,explain}")
+    add = functools.partial(
+        commands.add_parser, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
 
-    env = commands.add_parser("env", help="versions, devices and whether the backend is known")
+    env = add("env", help="versions, devices and whether the backend is known")
     env.set_defaults(command=_env)
 
-    bench = commands.add_parser("bench", help="time one head step against eager torch")
+    bench = add("bench", help="time one head step against eager torch")
     _add_head(bench, device="cpu")
-    bench.add_argument("--rounds", type=int, default=5)
+    bench.add_argument("--rounds", type=int, default=5, help="of which medians are taken")
+    bench.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of a CPU; 1 on a busy machine"
+    )
     bench.set_defaults(command=_bench)
 
-    tune = commands.add_parser("tune", help="find a head's fastest tiles on a GPU, and keep them")
+    tune = add("tune", help="find a head's fastest tiles on a GPU, and keep them")
     _add_head(tune, device="cuda")
     tune.add_argument(
         "--state", choices=("none", "moments", "kahan"), default="none",
@@ -61,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--chip", type=int, help="with --list: 90 for sm_90, which need not be there")
     tune.set_defaults(command=_tune)
 
-    explain = commands.add_parser("explain", help="what the backend would do with your program")
+    explain = add("explain", help="what the backend would do with your program")
     explain.add_argument(
         "target", metavar="MODULE:CALLABLE", help="returns (fn, args) or (fn, args, kwargs)"
     )
@@ -73,14 +81,14 @@ def _parser() -> argparse.ArgumentParser:
 def _add_head(parser: argparse.ArgumentParser, device: str) -> None:
     """The arguments of which `_case` makes a head."""
     parser.add_argument("--rows", "-N", type=int, default=128, help="rows of a batch")
-    parser.add_argument("--features", "-D", type=int, default=768)
-    parser.add_argument("--outputs", "-L", type=int, default=131072)
+    parser.add_argument("--features", "-D", type=int, default=768, help="inputs of the head")
+    parser.add_argument("--outputs", "-L", type=int, default=131072, help="labels, items, tokens")
     parser.add_argument("--dtype", default="bfloat16", help="of the stored weight")
-    parser.add_argument("--loss", choices=("bce", "ce"), default="bce")
+    parser.add_argument("--loss", choices=("bce", "ce"), default="bce", help="binary or softmax")
     parser.add_argument("--positives", type=int, default=5, help="labels per row (bce)")
-    parser.add_argument("--device", default=device)
-    parser.add_argument("--chunk-size", type=int, default=None)
-    parser.add_argument("--memory-budget", default=None, help='bytes or "64MiB"')
+    parser.add_argument("--device", default=device, help="cpu, cuda, cuda:0")
+    parser.add_argument("--chunk-size", type=int, help="outputs; the planner's choice without")
+    parser.add_argument("--memory-budget", help='bytes or "64MiB"')
 
 
 def _env(_: argparse.Namespace) -> None:
@@ -172,8 +180,18 @@ def _bench(arguments: argparse.Namespace) -> None:
     from elmo_compile import bench
 
     case = _case(arguments, device=_device(arguments.device), rounds=arguments.rounds)
+    if arguments.threads < 1:
+        raise OptionError(f"--threads {arguments.threads} cannot be used; at least 1.")
+    torch.set_num_threads(arguments.threads)
+    console = Console(width=100)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     result = bench.run(case)
-    table = Table(title=f"One head step, median of {case.rounds}", title_justify="left")
+    threads = f", {arguments.threads} threads" if case.device == "cpu" else ""
+    title = (
+        f"One step of a head: {arguments.loss}, N={case.rows} D={case.features} L={case.outputs}, "
+        f"{str(case.dtype).removeprefix('torch.')}{threads}; median of {case.rounds}"
+    )
+    table = Table()
     for name in ("", "wall ms", "cpu ms", "ratio", "memory"):
         table.add_column(name, justify="right" if name else "left")
     floor = result.timings[0].seconds
@@ -191,7 +209,14 @@ def _bench(arguments: argparse.Namespace) -> None:
             f"{timing.seconds / floor:.2f}",
             "-" if held is None else human_bytes(held),
         )
-    console = Console(width=100)
+    if case.device == "cpu" and load > 0.5:
+        console.print(
+            Text(
+                f"other work was running (load {load:.1f}): threads wait for each other, and times "
+                "say little; --threads 1 suffers least"
+            )
+        )
+    console.print(Text(title))
     console.print(table)
     console.print(Text(f"chunks of {result.plan.chunk_size}; memory as planned, not measured"))
     before, after = memory[bench.EAGER], memory[bench.FUSED]
@@ -206,8 +231,12 @@ def _bench(arguments: argparse.Namespace) -> None:
         console.print(Text(f"skipped {sentence}"))
 
 
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn"}
+
+
 def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name.removeprefix("torch."), None)
+    name = name.removeprefix("torch.")
+    found = getattr(torch, _SHORT.get(name, name), None)
     accepted = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn")
     if isinstance(found, torch.dtype) and str(found).removeprefix("torch.") in accepted:
         return found

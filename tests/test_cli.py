@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import types
 
@@ -70,6 +71,7 @@ def test_bench_steps_do_the_same_thing():
         (["--dtype", "int8"], "--dtype int8 cannot be used; accepted: float64"),
         (["--device", "gpu"], "--device gpu cannot be used"),
         (["--rows", "0"], "rows=0 cannot be used; at least 1"),
+        (["--threads", "0"], "--threads 0 cannot be used; at least 1"),
         (["--chunk-size", "0"], "chunk_size=0"),
         (["--memory-budget", "many"], "memory_budget='many'"),
         (["--memory-budget", "10B"], "set memory_budget to at least"),
@@ -77,6 +79,33 @@ def test_bench_steps_do_the_same_thing():
 )
 def test_bench_refuses(capsys, arguments, message):
     assert message in failed(capsys, "bench", *arguments)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_bench_says_what_it_timed_and_beside_what(capsys, monkeypatch, busy):
+    monkeypatch.setattr("os.getloadavg", lambda: (1.5 * busy, 0.0, 0.0))
+    sizes = ["-N", "8", "-D", "16", "-L", "512", "--rounds", "1", "--threads", "1"]
+    threads = torch.get_num_threads()
+    try:
+        assert cli.main(["bench", *sizes, "--dtype", "bf16"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert "bce, N=8 D=16 L=512, bfloat16, 1 threads; median of 1" in " ".join(printed.split())
+    assert ("other work was running (load 1.5)" in printed) is busy
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8", "fp16", "fp32", "torch.bfloat16", "float64"])
+def test_dtypes_by_their_short_names(name):
+    full = {"bf16": "bfloat16", "fp8": "float8_e4m3fn", "fp16": "float16", "fp32": "float32"}
+    assert str(cli._dtype(name)) == f"torch.{full.get(name, name.removeprefix('torch.'))}"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.strip() == importlib.metadata.version("elmo-compile")
 
 
 def test_bench_refuses_a_device_that_is_not_there(capsys):

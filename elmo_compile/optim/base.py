@@ -69,7 +69,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         given = param_group["params"]
         param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
         if checked["kahan_rows"] is not None:
-            param_group["kahan_rows"] = _rows_of_group(checked, param_group["params"])
+            param_group["kahan_rows"] = state.rows_of_group(checked, param_group["params"])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         count = len(group["params"])
@@ -227,6 +227,11 @@ class HeadOptimizer(torch.optim.Optimizer):
         groups = []
         for group, mine in zip(state_dict["param_groups"], self.param_groups):
             version = group.get("rounding_version")
+            if version is None:
+                raise OptionError(
+                    "this is no state of an optimizer of elmo_compile.optim (of torch.optim? "
+                    "its moments are kept otherwise). Begin with a new one"
+                )
             if version != ROUNDING_VERSION:
                 raise OptionError(
                     f"this optimizer state has rounding_version={version!r}; this version of "
@@ -333,7 +338,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         """(rounding of the other rows, compensation, the rows it belongs to)."""
         held, rounding = self.state[param], group["rounding"]
         rows = group["kahan_rows"]
-        some = rows is not None and param.dim() == 2 and param.shape[0] == _most_rows(group)
+        some = rows is not None and param.dim() == 2 and param.shape[0] == state.most_rows(group)
         other = "stochastic" if rounding == "kahan" else rounding
         if not state.takes_compensation(param) or not (some or rounding == "kahan"):
             return other, None, None
@@ -377,20 +382,6 @@ def _policy(group: dict[str, Any]) -> Policy:
         clips=group["max_norm"] is not None,
         capturable=group["capturable"],
     )
-
-
-def _most_rows(group: dict[str, Any]) -> int:
-    """Rows of the group's largest weight: the one that `kahan_rows` is about."""
-    return max((p.shape[0] for p in group["params"] if p.dim() == 2), default=0)
-
-
-def _rows_of_group(group: dict[str, Any], params: list[Any]) -> Tensor:
-    """`kahan_rows` of a group as row numbers. Raises OptionError."""
-    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-    rows = max((p.shape[0] for p in tensors if isinstance(p, Tensor) and p.dim() == 2), default=0)
-    if not rows:
-        raise OptionError("kahan_rows was given for a group without a matrix")
-    return state.resolve_rows(group["kahan_rows"], rows)
 
 
 def _alive(reference: weakref.ref[Any]) -> Any:

@@ -166,3 +166,17 @@ def _bad_rows(given: Any) -> OptionError:
         f"kahan_rows={given!r}; accepted: a number of rows, a share in (0, 1], row numbers, one "
         "count for each row, or a pair (number or share, counts)"
     )
+
+
+def most_rows(group: dict[str, Any]) -> int:
+    """Rows of the group's largest weight: the one that `kahan_rows` is about."""
+    return max((p.shape[0] for p in group["params"] if p.dim() == 2), default=0)
+
+
+def rows_of_group(group: dict[str, Any], params: list[Any]) -> Tensor:
+    """`kahan_rows` of a group as row numbers. Raises OptionError."""
+    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+    rows = max((p.shape[0] for p in tensors if isinstance(p, Tensor) and p.dim() == 2), default=0)
+    if not rows:
+        raise OptionError("kahan_rows was given for a group without a matrix")
+    return resolve_rows(group["kahan_rows"], rows)
