@@ -15,6 +15,7 @@ from torch import Tensor
 
 from elmo_compile.numerics.losses import LossSpec
 from elmo_compile.ops.call import (
+    NO_SECOND_DERIVATIVE,
     accumulate_dtype,
     assert_labels,
     make_problem,
@@ -103,10 +104,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            "a backward with create_graph=True reached a huge head's loss; elmo_compile has no "
-            "second derivatives of it. Call the head outside the compiled function"
-        )
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
     dx, dw, db = ctx.saved_tensors
     need_dx, need_w, need_db, _, _, need_carrier = ctx.needs_input_grad[:6]
     need_dw = need_carrier if ctx.has_carrier else need_w

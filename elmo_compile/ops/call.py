@@ -13,6 +13,21 @@ from elmo_compile.numerics.features import FP8, round_features
 from elmo_compile.numerics.losses import BCE, CE, LossSpec
 from elmo_compile.ops.kept import KEPT, collector
 
+NO_SECOND_DERIVATIVE = (
+    "a backward with create_graph=True reached a huge head's loss; elmo_compile has no second "
+    "derivatives of it. Call the head outside the compiled function, or keep it from being "
+    "rewritten (elmo_compile.exclude, min_outputs=)"
+)
+
+
+def forbid_second_derivative(op: Any) -> None:
+    """Say so where a result of a backward's op is differentiated again."""
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+    op.register_autograd(backward)
+
 
 def accumulate_dtype(compute: torch.dtype) -> torch.dtype:
     """The dtype logits, losses and dx are accumulated in."""

@@ -16,6 +16,7 @@ from elmo_compile.numerics.losses import CE, LossSpec
 from elmo_compile.ops.call import (
     accumulate_dtype,
     assert_labels,
+    forbid_second_derivative,
     loss_pass,
     make_problem,
     reduce_rows,
@@ -164,3 +165,4 @@ def _backward(ctx: Any, grad: Tensor, _grad_stats: Tensor | None) -> tuple[Tenso
 
 
 head_loss.register_autograd(_backward, setup_context=_setup)
+forbid_second_derivative(head_loss_backward)

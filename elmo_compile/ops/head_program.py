@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from elmo_compile.errors import ElmoError, InputError
+from elmo_compile.ops.call import forbid_second_derivative
 from elmo_compile.ops.head_loss import gradient_dtype
 
 
@@ -237,3 +238,4 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 head_program.register_autograd(_backward, setup_context=_setup)
+forbid_second_derivative(head_program_backward)

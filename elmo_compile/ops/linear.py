@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elmo_compile.ops.call import forbid_second_derivative
 from elmo_compile.ops.hidden_gradients import watch
 
 CHUNK_BYTES = 16 * 2**20
@@ -123,3 +124,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 lowp_linear.register_autograd(_backward, setup_context=_setup)
+forbid_second_derivative(lowp_linear_backward)
