@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,3 +32,19 @@ def test_files_the_readme_names_exist() -> None:
     local = [link.split("#")[0] for link in links if "://" not in link]
     missing = [link for link in local if link and not (ROOT / link).exists()]
     assert not missing
+
+
+def test_the_documented_loop_runs(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "optimizers.md").read_text()
+    _, _, after = text.partition("## A whole loop")
+    code = after.split("```python\n")[1].split("```")[0]
+    finished = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:elmo_compile", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "checkpoint.pt").stat().st_size > 4 * 50_000 * 64
