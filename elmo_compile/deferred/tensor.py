@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from elmo_compile.deferred.origin import FAKES, Origin, fake
 from elmo_compile.deferred.state import Derived, Given, Root, State, version
 from elmo_compile.deferred.step import Step
+from elmo_compile.errors import FusedUpdateError
 from elmo_compile.ops.exclusion import is_excluded
 from elmo_compile.ops.linear import carry
 
@@ -166,9 +167,25 @@ class Defer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        inputs = [o if t is None else t for t, o in zip(ctx.saved_tensors, ctx.others)]
+        inputs = [o if t is None else t for t, o in zip(_unchanged(ctx), ctx.others)]
         wanted = ctx.needs_input_grad[1:]
         return (None, *_gradients(ctx.origin.make, inputs, wanted, grads[0]))
+
+
+def _unchanged(ctx: Any) -> tuple[Tensor | None, ...]:
+    """What was saved. Raises FusedUpdateError if it has been written to since."""
+    try:
+        saved: tuple[Tensor | None, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise FusedUpdateError(
+            "a backward reached the values of deferred logits whose weight or features have changed "
+            "since the forward. Under elmo_compile.optim it was a loss of the same logits that "
+            "updated the head's weight first: compile the two together (compile the function that "
+            "computes their sum), or construct the optimizer with update_at='step'"
+        ) from error
+    return saved
 
 
 class Derive(torch.autograd.Function):

@@ -319,3 +319,29 @@ def test_the_loss_pass_keeps_the_top(
         assert got["logits"].shape == expected.shape
         assert torch.equal(got["logits"].argmax(-1), expected.argmax(-1))
         torch.testing.assert_close(got["logits"].topk(5), expected.topk(5))
+
+
+@pytest.mark.parametrize("update_at", ["backward", "step"])
+def test_a_loss_and_a_penalty_of_the_same_logits(update_at: str) -> None:
+    """A fused loss and a use of the values: exact at the step, else refused by name."""
+    torch.manual_seed(0)
+    model = Net()
+    twin = copy.deepcopy(model)
+    opt = elmo.optim.SGD(model.parameters(), lr=0.5, update_at=update_at)
+    theirs = torch.optim.SGD(twin.parameters(), lr=0.5)
+    run = torch.compile(model, backend="elmo", options=OPTIONS)
+    ((x, y),) = batches(1)
+
+    def loss(z: Tensor) -> Tensor:
+        return F.cross_entropy(z, y) + 0.1 * z.logsumexp(-1).square().mean()
+
+    if update_at == "backward":
+        with pytest.raises(elmo.errors.FusedUpdateError, match="update_at='step'"):
+            loss(run(x)).backward()
+        return
+    loss(run(x)).backward()
+    loss(twin(x)).backward()
+    opt.step()
+    theirs.step()
+    for mine, other in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(mine, other)
