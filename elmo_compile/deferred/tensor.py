@@ -180,7 +180,7 @@ def _unchanged(ctx: Any) -> tuple[Tensor | None, ...]:
         if "modified by an inplace operation" not in str(error):
             raise
         raise FusedUpdateError(
-            "a backward reached the values of deferred logits whose weight or features have changed "
+            "a backward reached the values of deferred logits whose weight or features changed "
             "since the forward. Under elmo_compile.optim it was a loss of the same logits that "
             "updated the head's weight first: compile the two together (compile the function that "
             "computes their sum), or construct the optimizer with update_at='step'"
