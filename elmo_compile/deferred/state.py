@@ -114,7 +114,7 @@ class Root(State):
         if self.stale:
             raise StaleLogitsError(
                 "the logits were deferred, and the weight or features they are made from changed "
-                "since (an update inside backward(), optimizer.step(), or a write). Read them before "
+                "since (an update in backward(), optimizer.step(), or a write). Read them before "
                 "backward(), call `.materialize()` on them, or compile with "
                 "options={'deferred_logits': False}; argmax and topk(k <= 5) of each row were kept"
             )
