@@ -327,3 +327,31 @@ def test_evaluation_makes_no_logits(kind):
         with context():
             assert step(*on_device(0)).item() == pytest.approx(want, rel=1e-5)
         assert len(elmo.last_report().matches) == 1, elmo.last_report()
+
+
+@pytest.mark.parametrize("kind", ["bce", "ce"])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_a_gradient_made_in_the_forward_is_scaled_in_place(kind, factor, monkeypatch):
+    """By a kernel that leaves it alone where the upstream gradient is 1."""
+    from elmo_compile import lowering
+    from elmo_compile.kernels import triton as family
+
+    calls: list[tuple[int, bool]] = []
+    scale_ = family.scale_
+
+    def watched(made: Tensor, by: Tensor) -> None:
+        before = made.clone()
+        scale_(made, by)
+        calls.append((made.data_ptr(), torch.equal(before, made)))
+
+    monkeypatch.setattr(lowering, "LARGE", D * L)
+    monkeypatch.setattr(family, "scale_", watched)
+    reference = net(kind)
+    (factor * reference(*batch(0))).backward()
+    model = net(kind).to("cuda")
+    options = {"min_outputs": 256, "memory_budget": "1GiB", "strict": True}
+    step = compiled(model, options)
+    (factor * step(*on_device(0))).backward()
+    assert calls == [(model.head.weight.grad.data_ptr(), factor == 1.0)]
+    for mine, theirs in zip(model.parameters(), reference.parameters()):
+        torch.testing.assert_close(mine.grad.cpu(), theirs.grad, rtol=1e-4, atol=1e-6)
