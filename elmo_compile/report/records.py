@@ -127,6 +127,8 @@ class Report:
     )
     """Fused heads of this process, when the report was asked for: `updates` so far, and of a sample
     the shares `unchanged` by an update (rounded to nearest: lost), `saturated` and `zero`."""
+    notes: tuple[str, ...] = ()
+    """Sentences about the whole: why no head was seen."""
 
     @property
     def matches(self) -> tuple[Match, ...]:

@@ -16,11 +16,16 @@ from elmo_compile.report.records import Match, Refusal, Report
 
 WIDTH = 110
 LEGEND = "Bytes: N rows, D features, L outputs, C outputs per chunk, M listed positives"
+NOTHING = (
+    "no graph has reached the backend: nothing compiled with it was called yet, or Dynamo skipped "
+    "the function (it skips a function that calls nn.RNN, nn.GRU or nn.LSTM); elmo_compile.explain says which"
+)
 
 
 def render(report: Report) -> str:
     """The report as text of at most 110 columns, without ANSI codes."""
     lines: list[RenderableType] = [Text(_headline(report))]
+    lines += [Text(f"  note: {note}") for note in _about_all(report)]
     if report.matches:
         lines.append(_heads(report.matches))
         lines.append(Text(LEGEND))
@@ -36,6 +41,11 @@ def render(report: Report) -> str:
         for line in lines:
             console.print(line)
     return "\n".join(row.rstrip() for row in capture.get().splitlines())
+
+
+def _about_all(report: Report) -> tuple[str, ...]:
+    """Why there is nothing to show, where that is so."""
+    return report.notes if report.notes or report.sections else (NOTHING,)
 
 
 def _updated(name: str, shares: Mapping[str, float]) -> str:
