@@ -76,8 +76,7 @@ def _compile(
     if chosen.strict and analysis.refusals:
         raise NotRewritten(strict_message(analysis.refusals))
     if not _needs_runtime(analysis):
-        seen = Section(name=_name(), refusals=analysis.refusals, graph_before=gm, graph_after=gm)
-        record(seen)
+        record(_untouched(_name(), gm, analysis, chosen))
         return lower(gm, example_inputs, chosen)
     compiled = CompiledGraph(analysis, example_inputs, chosen)
     compiled.compile_first(example_inputs)
@@ -101,9 +100,7 @@ def examine(
     """What the backend would say of a graph, and whether it has heads; compiles nothing."""
     analysis = _analyze(gm, options)
     if not _needs_runtime(analysis):
-        return Section(
-            name=name, refusals=analysis.refusals, graph_before=gm, graph_after=gm
-        ), False
+        return _untouched(name, gm, analysis, options), False
     compiled = CompiledGraph(analysis, inputs, options)
     return section(name, gm, compiled, inputs), bool(analysis.heads or analysis.deferred)
 
@@ -119,6 +116,18 @@ def _needs_runtime(analysis: Analysis) -> bool:
         return True
     converted = any(unmatched_lowp(site.module, ()) for site in sites(analysis.module))
     return converted and torch.is_grad_enabled()
+
+
+def _untouched(name: str, gm: fx.GraphModule, analysis: Analysis, options: Options) -> Section:
+    """The report of a graph in which nothing was replaced."""
+    small = (analysis.largest, options.min_outputs) if analysis.largest else None
+    return Section(
+        name=name,
+        refusals=analysis.refusals,
+        below_min_outputs=small,
+        graph_before=gm,
+        graph_after=gm,
+    )
 
 
 def section(

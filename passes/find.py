@@ -76,6 +76,12 @@ def seed_outputs(node: fx.Node, min_outputs: int) -> int | None:
     return None
 
 
+def largest_outputs(module: fx.GraphModule) -> int:
+    """Outputs of the largest linear layer, checkpointed bodies included; 0 without one."""
+    nodes = (node for site in sites(module) for node in site.graph.nodes)
+    return max((seed_outputs(node, 1) or 0 for node in nodes), default=0)
+
+
 def is_huge(node: Any, num_outputs: int) -> bool:
     """Whether a node's tensor has the outputs in one of its dimensions (or flattened into one)."""
     tensor = tensor_of(node)

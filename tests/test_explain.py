@@ -179,6 +179,18 @@ def test_assert_rewritten():
         )
 
 
+@pytest.mark.parametrize("broken", [False, True], ids=["one_graph", "graph_break"])
+def test_the_largest_layer_is_told_where_all_are_too_small(broken):
+    model = Model(broken)
+    told = "the largest linear layer has 100 outputs, below min_outputs=1000000"
+    assert told in str(elmo.explain(model, *batch(), options=NO_CANDIDATE))
+    torch.compile(model, backend="elmo", options=NO_CANDIDATE)(*batch())
+    assert told in str(elmo.last_report())
+    assert "below min_outputs" not in str(elmo.explain(model, *batch(), options=SMALL))
+    other = elmo.explain(lambda x: x.relu(), batch()[0], options=NO_CANDIDATE)
+    assert "below min_outputs" not in str(other)
+
+
 class Recurrent(nn.Module):
     def __init__(self, apart: bool) -> None:
         super().__init__()

@@ -105,6 +105,8 @@ class Section:
     plans: tuple[Plan, ...] = ()
     """The plan of each match, in the same order."""
     refusals: tuple[Refusal, ...] = ()
+    below_min_outputs: tuple[int, int] | None = None
+    """Outputs of the largest linear layer, and `min_outputs`, where no layer has as many."""
     graph_before: GraphModule | None = None
     """Kept as a copy that can be printed and holds no tensors; so is `graph_after`."""
     graph_after: GraphModule | None = None

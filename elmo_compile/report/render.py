@@ -18,7 +18,8 @@ WIDTH = 110
 LEGEND = "Bytes: N rows, D features, L outputs, C outputs per chunk, M listed positives"
 NOTHING = (
     "no graph has reached the backend: nothing compiled with it was called yet, or Dynamo skipped "
-    "the function (it skips a function that calls nn.RNN, nn.GRU or nn.LSTM); elmo_compile.explain says which"
+    "the function (as it does with those that call nn.RNN, nn.GRU or nn.LSTM); "
+    "elmo_compile.explain says which"
 )
 
 
@@ -45,7 +46,17 @@ def render(report: Report) -> str:
 
 def _about_all(report: Report) -> tuple[str, ...]:
     """Why there is nothing to show, where that is so."""
-    return report.notes if report.notes or report.sections else (NOTHING,)
+    if not (report.notes or report.sections):
+        return (NOTHING,)
+    small = [s.below_min_outputs for s in report.sections if s.below_min_outputs is not None]
+    if not small or report.matches or report.refusals:
+        return report.notes
+    outputs, least = max(small)
+    return (
+        f"the largest linear layer has {_plural(outputs, 'output')}, below min_outputs={least}: "
+        "smaller heads are left to Inductor (options={'min_outputs': ...})",
+        *report.notes,
+    )
 
 
 def _updated(name: str, shares: Mapping[str, float]) -> str:
