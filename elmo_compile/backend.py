@@ -91,7 +91,10 @@ def _on_cpu(inputs: Sequence[Any]) -> bool:
 
 def keep(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of Dynamo's graph that can still be examined when Dynamo is done with it."""
-    return copy_module(gm)
+    copy = copy_module(gm)
+    reason: Any = getattr(gm, _REASON, None)
+    setattr(copy, _REASON, reason)
+    return copy
 
 
 def examine(
@@ -164,7 +167,8 @@ def section(
                 compute_dtype=head.compute_dtype,
                 products=plan.products + at_step,
                 source=source_of(head.match.region.seed),
-                deferred=head.match.region.seed in {o.seed for o, _ in analysis.deferred},
+                deferred=head.match.region.seed in compiled.made,
+                made=compiled.made.get(head.match.region.seed, {}),
                 loss_value=head.loss_value if fused else "exact",
                 notes=notes,
             )
@@ -173,7 +177,8 @@ def section(
     for output, top in analysis.deferred:
         if output.seed in {head.match.region.seed for head in analysis.heads}:
             continue
-        matches.append(_deferred(top, source_of(output.seed)))
+        made = compiled.made[output.seed]
+        matches.append(_deferred(top, source_of(output.seed), made, _graph_break(gm)))
         plans.append(top.plan)
     return Section(
         name=name,
@@ -200,7 +205,22 @@ def _how(plan: Plan) -> tuple[str, ...]:
     return notes
 
 
-def _deferred(top: PlannedHead, source: str) -> Match:
+_REASON = "compile_subgraph_reason"
+"""Where Dynamo says why a graph ends; torch._dynamo.explain reads it too (tried on 2.13)."""
+
+
+def _graph_break(gm: fx.GraphModule) -> str:
+    """The user's line after which Dynamo ended a graph, and its reason, if it had to."""
+    reason: Any = getattr(gm, _REASON, None)
+    if reason is None or not reason.graph_break or not reason.user_stack:
+        return ""
+    frame = reason.user_stack[-1]
+    why = str(reason.reason).partition("\n")[0]
+    told = "" if why in ("", "step_unsupported") else f" ({why})"
+    return f"{frame.filename}:{frame.lineno}: {frame.line}{told}"
+
+
+def _deferred(top: PlannedHead, source: str, made: Mapping[str, int], graph_break: str) -> Match:
     """A head whose logits leave the graph and whose loss, if any, is outside."""
     return Match(
         loss="linear",
@@ -213,6 +233,8 @@ def _deferred(top: PlannedHead, source: str) -> Match:
         products=0,
         source=source,
         deferred=True,
+        made=made,
+        graph_break=graph_break,
         notes=(
             "a loss of the deferred logits is compiled, and reported, when it is called; bytes and "
             "chunk are those of the argmax and largest logits of each row",

@@ -13,11 +13,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.fx as fx
 from torch import Tensor
 
 from elmo_compile.config import Options
 from elmo_compile.deferred import Origin
 from elmo_compile.deferred.loss import defer_loss
+from elmo_compile.deferred.made import Made
 from elmo_compile.deferred.tensor import defer
 from elmo_compile.lowering import lower, lower_later
 from elmo_compile.ops.exclusion import is_excluded
@@ -54,6 +56,8 @@ class CompiledGraph:
         self._lock = threading.Lock()
         self._was_fused: list[weakref.ref[Owner] | None] = [None] * len(analysis.heads)
         self._warned = False
+        self.made: dict[fx.Node, Made] = {output.seed: Made() for output, _ in analysis.deferred}
+        """How often the deferred logits of a head (its product) were made, for each reason."""
         self._origins = [self._origin(*pair) for pair in analysis.deferred]
         self._collected = {
             origin: head.weight_input
@@ -68,7 +72,7 @@ class CompiledGraph:
 
     def _origin(self, output: DeferredOutput, top: PlannedHead) -> Origin:
         made = rewrite(top.match.region.site.module, [top], [False], grad=False)
-        return Origin(output, made.module, self.options)
+        return Origin(output, made.module, self.options, self.made[output.seed])
 
     def compile_first(self, inputs: Sequence[Any]) -> None:
         """Compile the variant these inputs call for; others follow when a call needs them."""

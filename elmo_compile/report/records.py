@@ -91,6 +91,10 @@ class Match:
     deferred: bool = False
     """Whether the logits are deferred."""
     loss_value: LossValue = "exact"
+    graph_break: str = ""
+    """The user's line after which the graph ends, where the loss is not in it."""
+    made: Mapping[str, int] = dataclasses.field(default_factory=dict, compare=False)
+    """How often the deferred logits were made as values all the same, for each reason; goes on."""
     notes: tuple[str, ...] = ()
     """Sentences: why the update is not fused, what the plan could not meet."""
 

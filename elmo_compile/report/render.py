@@ -118,13 +118,28 @@ def _summary(number: int, match: Match, plan: Plan) -> str:
     memory = plan.memory
     deferred = "; logits deferred" if match.deferred else ""
     where = f" at {match.source}" if match.source else ""
-    return (
-        f"Head {number}: {match.loss}{where}\n"
-        f"  holds {human_bytes(memory.bytes_after)} instead of {human_bytes(memory.bytes_before)}\n"
+    saved = f"{human_bytes(memory.bytes_after)} instead of {human_bytes(memory.bytes_before)}"
+    lines = [
+        f"Head {number}: {match.loss}{where}",
+        f"  holds {saved}",
         f"  {human_bytes(plan.temporary_bytes)} of temporaries instead of "
-        f"{human_bytes(plan.logits_bytes)} of logits\n"
-        f"  loss value: {match.loss_value}{deferred}"
-    )
+        f"{human_bytes(plan.logits_bytes)} of logits",
+        f"  loss value: {match.loss_value}{deferred}",
+    ]
+    if match.made:
+        times = _plural(sum(match.made.values()), "time")
+        reasons = [f"    {_plural(n, 'time')}: {why}" for why, n in match.made.items()]
+        made = f"  its {human_bytes(plan.logits_bytes)} of logits were made all the same, {times}:"
+        lines[1:3] = [f"  would hold {saved}, but", made, *reasons]
+    elif match.graph_break:
+        lines[1] = f"  holds {saved}, unless something makes the logits"
+    if match.graph_break:
+        lines.append(
+            f"  the graph ends between head and loss, at {match.graph_break}\n"
+            "    what is compiled behind it, and receives the logits, makes them; a loss called in "
+            "code that is not compiled streams"
+        )
+    return "\n".join(lines)
 
 
 def _memory(memory: HeadMemory) -> Table:
