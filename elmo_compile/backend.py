@@ -15,6 +15,7 @@ from elmo_compile.config import Options
 from elmo_compile.errors import ElmoError, NotRewritten, OptionError
 from elmo_compile.lowering import build_vector_probes, lower
 from elmo_compile.ops.owners import update_shares
+from elmo_compile.ops.unfused import note
 from elmo_compile.passes.graphs import copy_module, sites, source_of
 from elmo_compile.passes.pipeline import Analysis, analyze
 from elmo_compile.passes.plan import unmatched_lowp
@@ -73,6 +74,9 @@ def _compile(
     if chosen.lower == "inductor" and _on_cpu(example_inputs):
         build_vector_probes()
     analysis = _analyze(gm, chosen)
+    for position, why in analysis.left:
+        if isinstance(example_inputs[position], torch.Tensor):
+            note(example_inputs[position], why)
     if chosen.strict and analysis.refusals:
         raise NotRewritten(strict_message(analysis.refusals))
     if not _needs_runtime(analysis):

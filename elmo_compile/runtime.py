@@ -27,10 +27,14 @@ from elmo_compile.ops.fused import open_call, serial_if_deferred
 from elmo_compile.ops.kept import Tops, collecting
 from elmo_compile.ops.linear import carry
 from elmo_compile.ops.owners import Owner, owner_of
+from elmo_compile.ops.unfused import note
 from elmo_compile.passes.defer import same_logits
+from elmo_compile.passes.find import weight_inputs
 from elmo_compile.passes.pipeline import Analysis
 from elmo_compile.passes.records import DeferredOutput, PlannedHead, Rewritten
 from elmo_compile.passes.rewrite import rewrite
+
+NOT_OWNED = "no elmo_compile optimizer owns the weight"
 
 
 class Treatment(NamedTuple):
@@ -56,6 +60,7 @@ class CompiledGraph:
         self._lock = threading.Lock()
         self._was_fused: list[weakref.ref[Owner] | None] = [None] * len(analysis.heads)
         self._warned = False
+        self._weights = [_weights(head) for head in analysis.heads]
         self.made: dict[fx.Node, Made] = {output.seed: Made() for output, _ in analysis.deferred}
         """How often the deferred logits of a head (its product) were made, for each reason."""
         self._origins = [self._origin(*pair) for pair in analysis.deferred]
@@ -86,8 +91,11 @@ class CompiledGraph:
 
     def __call__(self, *inputs: Any) -> Any:
         treatments = self.treatments(inputs)
-        for head, treatment in zip(self.analysis.heads, treatments):
+        for head, treatment, weights in zip(self.analysis.heads, treatments, self._weights):
             _check_usable(head, treatment, inputs)
+            if treatment.owner is None and treatment.why != NOT_OWNED and torch.is_grad_enabled():
+                for position in weights:
+                    note(inputs[position], treatment.why)
         variant, compiled = self._variant(tuple(treatment.kind for treatment in treatments))
         self._notice_lost_owners(treatments, inputs)
         arguments = self._arguments(variant, inputs)
@@ -219,11 +227,19 @@ class CompiledGraph:
                     )
 
 
+def _weights(head: PlannedHead) -> list[int]:
+    """Where a head's weight enters the graph, or what it is computed from."""
+    if head.weight_input is not None:
+        return [head.weight_input]
+    region = head.match.region
+    return weight_inputs(region.site, region.seed, region.num_outputs)
+
+
 def _owner(head: PlannedHead, weight: Tensor, inputs: Sequence[Any]) -> tuple[Owner | None, str]:
     """Who updates a head's weight in this call, or why nobody does."""
     owner = owner_of(weight)
     if owner is None:
-        return None, "no elmo_compile optimizer owns the weight"
+        return None, NOT_OWNED
     for reason, applies in _CALL_REASONS:
         if applies(weight):
             return None, reason

@@ -17,7 +17,7 @@ from elmo_compile.config import Options
 from elmo_compile.errors import ElmoError
 from elmo_compile.passes.canonicalize import retrace
 from elmo_compile.passes.defer import defer_outputs
-from elmo_compile.passes.find import find_regions, largest_outputs, without_tail
+from elmo_compile.passes.find import find_regions, largest_linear, weight_inputs, without_tail
 from elmo_compile.passes.graphs import copy_module, source_of
 from elmo_compile.passes.hazards import check_hazards
 from elmo_compile.passes.match import match_program, match_region
@@ -45,6 +45,8 @@ class Analysis:
     """Results taken out of the graph, and the planned head that makes the top of each row."""
     largest: int = 0
     """Outputs of the largest linear layer, where none has `min_outputs`."""
+    left: tuple[tuple[int, str], ...] = ()
+    """Inputs of the graph that are weights of linear layers left as they are, and why."""
 
 
 def _check(item: Region, options: Options) -> Region | Refusal:
@@ -114,6 +116,7 @@ def _plan_top(output: DeferredOutput, options: Options) -> PlannedHead | None:
 def _analyze(module: fx.GraphModule, options: Options) -> Analysis:
     heads: list[PlannedHead] = []
     refusals: list[Refusal] = []
+    left: list[tuple[int, str]] = []
     regions = find_regions(module, options.min_outputs)
     for region in regions:
         result = advance(region, options)
@@ -121,10 +124,15 @@ def _analyze(module: fx.GraphModule, options: Options) -> Analysis:
             result = advance(without_tail(region), options)
         if isinstance(result, Refusal):
             refusals.append(result)
+            why = f"the head was left as it was ({result.reason})"
+            weights = weight_inputs(region.site, region.seed, region.num_outputs)
+            left += [(position, why) for position in weights]
         else:
             heads.append(result)
-    largest = 0 if regions else largest_outputs(module)
-    return Analysis(module, tuple(heads), tuple(refusals), largest=largest)
+    largest, weights = (0, []) if regions else largest_linear(module)
+    small = f"it has {largest} outputs, below min_outputs={options.min_outputs}"
+    left += [(position, small) for position in weights]
+    return Analysis(module, tuple(heads), tuple(refusals), largest=largest, left=tuple(left))
 
 
 def advance(region: Region, options: Options) -> PlannedHead | Refusal:

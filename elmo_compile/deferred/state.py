@@ -14,6 +14,7 @@ from elmo_compile.errors import StaleLogitsError
 from elmo_compile.numerics.capture import capturing
 from elmo_compile.ops.kept import watch
 from elmo_compile.ops.owners import replayed_updates
+from elmo_compile.ops.unfused import note
 
 
 class State:
@@ -69,6 +70,9 @@ class State:
         root, _ = self.recipe()
         if isinstance(root, Root):
             root.origin.made.count(why)
+            for value in root.inputs:
+                if isinstance(value, torch.nn.Parameter) and value.ndim == 2:
+                    note(value, f"its deferred logits were made as values: {why}")
 
     def recipe(self) -> tuple[State, list[Step]]:
         """The root, and every step behind it."""
