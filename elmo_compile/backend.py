@@ -14,16 +14,16 @@ from elmo_compile import ops
 from elmo_compile.config import Options
 from elmo_compile.errors import ElmoError, NotRewritten, OptionError
 from elmo_compile.lowering import build_vector_probes, lower
-from elmo_compile.ops.owners import update_shares
+from elmo_compile.ops.owners import owner_of, update_shares
 from elmo_compile.ops.unfused import note
-from elmo_compile.passes.graphs import copy_module, sites, source_of
+from elmo_compile.passes.graphs import copy_module, parameter_name, sites, source_of
 from elmo_compile.passes.pipeline import Analysis, analyze
 from elmo_compile.passes.plan import unmatched_lowp
 from elmo_compile.passes.records import PlannedHead
 from elmo_compile.planner import Plan
 from elmo_compile.report.records import Code, Match, Refusal, Section
 from elmo_compile.report.store import record, tell_updates
-from elmo_compile.runtime import CompiledGraph
+from elmo_compile.runtime import CompiledGraph, give_name
 
 
 def elmo_backend(
@@ -74,9 +74,7 @@ def _compile(
     if chosen.lower == "inductor" and _on_cpu(example_inputs):
         build_vector_probes()
     analysis = _analyze(gm, chosen)
-    for position, why in analysis.left:
-        if isinstance(example_inputs[position], torch.Tensor):
-            note(example_inputs[position], why)
+    _note_left(analysis, example_inputs)
     if chosen.strict and analysis.refusals:
         raise NotRewritten(strict_message(analysis.refusals))
     if not _needs_runtime(analysis):
@@ -86,6 +84,16 @@ def _compile(
     compiled.compile_first(example_inputs)
     record(section(_name(), gm, compiled, example_inputs))
     return compiled
+
+
+def _note_left(analysis: Analysis, inputs: Sequence[Any]) -> None:
+    """Tell the optimizer of each weight whose linear layer was left as it was."""
+    placeholders = list(analysis.module.graph.find_nodes(op="placeholder"))
+    for position, why in analysis.left:
+        owner = owner_of(inputs[position])
+        if owner is not None:
+            give_name(owner, parameter_name(placeholders[position]))
+        note(inputs[position], why)
 
 
 def _on_cpu(inputs: Sequence[Any]) -> bool:
@@ -163,9 +171,11 @@ def section(
         matches.append(
             Match(
                 loss=head.match.loss.name,
+                name=compiled.name_of(head.weight_input, inputs),
                 num_outputs=head.match.region.num_outputs,
                 num_features=head.match.num_features,
                 fused_update=fused,
+                at_step=at_step,
                 chunk_size=plan.chunk_size,
                 dtype=head.weight_dtype,
                 compute_dtype=head.compute_dtype,
@@ -182,7 +192,8 @@ def section(
         if output.seed in {head.match.region.seed for head in analysis.heads}:
             continue
         made = compiled.made[output.seed]
-        matches.append(_deferred(top, source_of(output.seed), made, _graph_break(gm)))
+        name = compiled.name_of(compiled.weight_of(output), inputs)
+        matches.append(_deferred(top, source_of(output.seed), name, made, _graph_break(gm)))
         plans.append(top.plan)
     return Section(
         name=name,
@@ -224,10 +235,13 @@ def _graph_break(gm: fx.GraphModule) -> str:
     return f"{frame.filename}:{frame.lineno}: {frame.line}{told}"
 
 
-def _deferred(top: PlannedHead, source: str, made: Mapping[str, int], graph_break: str) -> Match:
+def _deferred(
+    top: PlannedHead, source: str, name: str, made: Mapping[str, int], graph_break: str
+) -> Match:
     """A head whose logits leave the graph and whose loss, if any, is outside."""
     return Match(
         loss="linear",
+        name=name,
         num_outputs=top.match.region.num_outputs,
         num_features=top.match.num_features,
         fused_update=False,

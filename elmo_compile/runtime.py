@@ -26,10 +26,11 @@ from elmo_compile.ops.exclusion import is_excluded
 from elmo_compile.ops.fused import open_call, serial_if_deferred
 from elmo_compile.ops.kept import Tops, collecting
 from elmo_compile.ops.linear import carry
-from elmo_compile.ops.owners import Owner, owner_of
+from elmo_compile.ops.owners import Owner, live_owners, owner_of
 from elmo_compile.ops.unfused import note
 from elmo_compile.passes.defer import same_logits
-from elmo_compile.passes.find import weight_inputs
+from elmo_compile.passes.find import is_matrix, weight_inputs
+from elmo_compile.passes.graphs import hint, parameter_name, tensor_of
 from elmo_compile.passes.pipeline import Analysis
 from elmo_compile.passes.records import DeferredOutput, PlannedHead, Rewritten
 from elmo_compile.passes.rewrite import rewrite
@@ -61,6 +62,8 @@ class CompiledGraph:
         self._was_fused: list[weakref.ref[Owner] | None] = [None] * len(analysis.heads)
         self._warned = False
         self._weights = [_weights(head) for head in analysis.heads]
+        placeholders = analysis.module.graph.find_nodes(op="placeholder")
+        self._names = [parameter_name(node) for node in placeholders]
         self.made: dict[fx.Node, Made] = {output.seed: Made() for output, _ in analysis.deferred}
         """How often the deferred logits of a head (its product) were made, for each reason."""
         self._origins = [self._origin(*pair) for pair in analysis.deferred]
@@ -89,10 +92,35 @@ class CompiledGraph:
         """What a call with these inputs does with each head."""
         return [self._treatment(head, inputs) for head in self.analysis.heads]
 
+    def weight_of(self, output: DeferredOutput) -> int | None:
+        """Where the weight of deferred logits enters the graph, if it does."""
+        logits = tensor_of(output.seed)
+        placeholders = list(self.analysis.module.graph.find_nodes(op="placeholder"))
+        found = {
+            position
+            for kind, position in output.sources
+            if kind != "output" and logits is not None
+            if is_matrix(placeholders[position], hint(logits.shape[-1]))
+        }
+        return found.pop() if len(found) == 1 else None
+
+    def name_of(self, position: int | None, inputs: Sequence[Any]) -> str:
+        """What messages and reports call a weight: as its optimizer does, which takes the graph's
+        name for it where it was given none."""
+        if position is None:
+            return ""
+        owner = owner_of(inputs[position])
+        if owner is None:
+            return self._names[position]
+        give_name(owner, self._names[position])
+        return owner.name
+
     def __call__(self, *inputs: Any) -> Any:
         treatments = self.treatments(inputs)
         for head, treatment, weights in zip(self.analysis.heads, treatments, self._weights):
             _check_usable(head, treatment, inputs)
+            for position in weights:
+                self.name_of(position, inputs)
             if treatment.owner is None and treatment.why != NOT_OWNED and torch.is_grad_enabled():
                 for position in weights:
                     note(inputs[position], treatment.why)
@@ -225,6 +253,15 @@ class CompiledGraph:
                         "again if it is to be trained",
                         stacklevel=3,
                     )
+
+
+def give_name(owner: Owner, name: str) -> None:
+    """Call a weight by its qualified name, if its optimizer has only a number for it."""
+    if not name or not owner.name.startswith("#"):
+        return
+    number = owner.name.partition(" ")[0]
+    taken = any(other.name == name and not other.superseded for other in live_owners())
+    owner.name = f"{name} ({number})" if taken else name
 
 
 def _weights(head: PlannedHead) -> list[int]:

@@ -93,16 +93,15 @@ def weight_inputs(site: Site, seed: fx.Node, num_outputs: int) -> list[int]:
     views and casts of it included."""
     placeholders = [
         site.outer(node)
-        for node in ancestors(
-            *(arg for arg in seed.all_input_nodes if _is_matrix(arg, num_outputs))
-        )
-        if node.op == "placeholder" and _is_matrix(node, num_outputs)
+        for node in ancestors(*(arg for arg in seed.all_input_nodes if is_matrix(arg, num_outputs)))
+        if node.op == "placeholder" and is_matrix(node, num_outputs)
     ]
     found = [node for node in placeholders if node is not None]
     return [list(node.graph.find_nodes(op="placeholder")).index(node) for node in found]
 
 
-def _is_matrix(node: fx.Node, num_outputs: int) -> bool:
+def is_matrix(node: fx.Node, num_outputs: int) -> bool:
+    """Whether a node may be the weight of a product with that many outputs."""
     tensor = tensor_of(node)
     return tensor is not None and tensor.ndim == 2 and num_outputs in hints(tensor.shape)
 

@@ -86,6 +86,10 @@ class Match:
     compute_dtype: torch.dtype
     products: int
     """Matrix products in a step."""
+    name: str = ""
+    """The weight's, as its optimizer has it or else the graph; empty where neither knows."""
+    at_step: bool = False
+    """Whether a fused update is that of `opt.step()` (`update_at="step"`)."""
     source: str = ""
     """The user's line, `file:line: text`."""
     deferred: bool = False

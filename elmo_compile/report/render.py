@@ -61,7 +61,7 @@ def _about_all(report: Report) -> tuple[str, ...]:
 
 def _updated(name: str, shares: Mapping[str, float]) -> str:
     """One fused head's counters; shares are NaN where nothing is rounded."""
-    text = f"head {name}: {int(shares['updates'])} updates in this process"
+    text = f"Head {name}: {int(shares['updates'])} updates in this process"
     counted = [f"{k} {shares[k]:.1%}" for k in ("unchanged", "saturated", "zero")]
     return text if math.isnan(shares["zero"]) else f"{text}; of a sample {', '.join(counted)}"
 
@@ -109,9 +109,15 @@ def _heads(matches: tuple[Match, ...]) -> Table:
             dtype_name(match.compute_dtype),
             str(match.chunk_size),
             str(match.products),
-            "in backward" if match.fused_update else "by gradient",
+            _update(match),
         )
     return table
+
+
+def _update(match: Match) -> str:
+    if not match.fused_update:
+        return "by gradient"
+    return "in opt.step()" if match.at_step else "in backward"
 
 
 def _summary(number: int, match: Match, plan: Plan) -> str:
@@ -120,7 +126,7 @@ def _summary(number: int, match: Match, plan: Plan) -> str:
     where = f" at {match.source}" if match.source else ""
     saved = f"{human_bytes(memory.bytes_after)} instead of {human_bytes(memory.bytes_before)}"
     lines = [
-        f"Head {number}: {match.loss}{where}",
+        f"Head {number}{f', {match.name}' if match.name else ''}: {match.loss}{where}",
         f"  holds {saved}",
         f"  {human_bytes(plan.temporary_bytes)} of temporaries instead of "
         f"{human_bytes(plan.logits_bytes)} of logits",

@@ -80,7 +80,9 @@ def test_distributed_data_parallel_gets_a_real_gradient(outside: bool) -> None:
     else:
         step = torch.compile(ddp(model), backend="elmo", options=EAGER)
     opt = elmo.optim.SGD(model.parameters(), 0.5)
-    with pytest.warns(UserWarning, match=r"no head's update was fused: #2 \(48, 8\): Distributed"):
+    with pytest.warns(
+        UserWarning, match=r"no head's update was fused: head\.weight.*: Distributed"
+    ):
         train(step, opt, 2)
     assert_same(model, want)
     assert not elmo.is_fused(model.head.weight)
@@ -116,7 +118,7 @@ def test_a_second_use_outside_the_graph_is_named_by_step() -> None:
     step, opt = owned(model)
     before = model.encoder.weight.detach().clone()
     (step(*batch()) + model.head.weight.sum()).backward()
-    with pytest.raises(FusedUpdateError, match=r"#2 \(48, 8\).*dense gradient"):
+    with pytest.raises(FusedUpdateError, match=r"head weight head\.weight.*dense gradient"):
         opt.step()
     assert torch.equal(model.encoder.weight, before)
 

@@ -263,6 +263,36 @@ def test_named_parameters_are_named_in_messages() -> None:
     del opt
 
 
+@pytest.mark.parametrize("update_at", ["step", "backward"])
+def test_a_weight_without_a_name_is_given_that_of_the_graph(update_at: str) -> None:
+    gc.collect()  # Weights of other tests have the name, too.
+    model = net()
+    step, opt = owned(model, update_at=update_at)
+    train(step, opt, 1)
+    report = elmo.last_report()
+    (match,) = report.matches
+    assert match.name == next(iter(opt.counters()))
+    assert match.name.startswith("head.weight")
+    assert match.name in report.updates
+    assert f"Head 1, {match.name}: cross_entropy" in str(report)
+    assert ("in opt.step()" in str(report)) == match.at_step == (update_at == "step")
+    run, other = owned(net())
+    train(run, other, 1)
+    assert list(other.counters()) == ["head.weight (#2)"]
+    (explained,) = elmo.explain(net(), *batch(), options=EAGER).matches
+    assert explained.name == "head.weight"
+
+
+def test_deferred_logits_are_named() -> None:
+    head = net().head
+    opt = elmo.optim.SGD(head.parameters(), 0.5)
+    compiled(head)(torch.randn(6, 8))
+    (match,) = elmo.last_report().matches
+    assert match.loss == "linear"
+    assert match.name.startswith("weight")
+    del opt
+
+
 def test_a_closure_is_refused_if_a_head_is_fused() -> None:
     model = net()
     step, opt = owned(model)

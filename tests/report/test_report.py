@@ -154,6 +154,17 @@ def test_text():
         assert expected in text
 
 
+def test_a_head_has_one_name():
+    matches = (a_match(name="decoder.weight", fused_update=True, at_step=True),)
+    section = Section(name="0/0", matches=matches, plans=(a_plan(),))
+    shares = dict.fromkeys(("unchanged", "saturated", "zero"), float("nan"))
+    text = str(Report((section,), updates={"decoder.weight": {"updates": 3, **shares}}))
+    assert "Head 1, decoder.weight: binary" in text
+    assert "Head decoder.weight: 3 updates in this process" in text
+    assert "in opt.step()" in text
+    assert "in backward" not in text
+
+
 def test_user_text_is_never_markup():
     source = "a.py:1: x[red] = [bold]y[/bold]"
     refusal = dataclasses.replace(a_refusal(), source=source)
