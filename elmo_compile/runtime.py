@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.fx as fx
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from elmo_compile.config import Options
 from elmo_compile.deferred import Origin
@@ -24,6 +25,7 @@ from elmo_compile.deferred.tensor import defer
 from elmo_compile.lowering import lower, lower_later
 from elmo_compile.ops.exclusion import is_excluded
 from elmo_compile.ops.fused import open_call, serial_if_deferred
+from elmo_compile.ops.holders import in_a_module
 from elmo_compile.ops.kept import Tops, collecting
 from elmo_compile.ops.linear import carry
 from elmo_compile.ops.owners import Owner, live_owners, owner_of
@@ -61,6 +63,8 @@ class CompiledGraph:
         self._lock = threading.Lock()
         self._was_fused: list[weakref.ref[Owner] | None] = [None] * len(analysis.heads)
         self._warned = False
+        self._strangers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        """Weights of other models, with the key of the owner they have nothing to do with."""
         self._weights = [_weights(head) for head in analysis.heads]
         placeholders = analysis.module.graph.find_nodes(op="placeholder")
         self._names = [parameter_name(node) for node in placeholders]
@@ -229,7 +233,11 @@ class CompiledGraph:
         return Treatment("gradient" if owner is None else "fused", owner, why)
 
     def _notice_lost_owners(self, treatments: list[Treatment], inputs: Sequence[Any]) -> None:
-        """Warn, once, where a head that was fused is now called with a weight nobody owns."""
+        """Warn, once, where a head's Parameter was fused and is now another one that nobody owns.
+
+        Another model of the same class shares the graph, and is none of an owner's business: its
+        calls leave the owner's Parameter in its own module.
+        """
         if not (self.grad and torch.is_grad_enabled()):
             return
         for position, (head, treatment) in enumerate(zip(self.analysis.heads, treatments)):
@@ -242,15 +250,21 @@ class CompiledGraph:
                 continue
             weight = inputs[head.weight_input]
             if weight.requires_grad and owner_of(weight) is None:
+                known = self._strangers.get(weight) == before.key  # type: ignore[no-untyped-call]
+                if known or before.replaced_by_unowned:
+                    continue
+                if in_a_module(before.param):
+                    self._strangers[weight] = before.key
+                    continue
                 before.replaced_by_unowned = True
                 if not self._warned:
                     self._warned = True
                     warnings.warn(
                         f"elmo_compile: the head weight {before.name} was updated inside "
                         "backward() until now, but this call uses a Parameter that no "
-                        "elmo_compile optimizer owns (load_state_dict(assign=True), a deepcopy, "
-                        "an EMA copy?). It gets an ordinary gradient; construct the optimizer "
-                        "again if it is to be trained",
+                        "elmo_compile optimizer owns, and no module has the former one any more "
+                        "(load_state_dict(assign=True)?). It gets an ordinary gradient; construct "
+                        "the optimizer again if it is to be trained",
                         stacklevel=3,
                     )
 

@@ -113,6 +113,34 @@ def test_load_state_dict_assign_warns_once_and_step_raises() -> None:
     assert updates(opt, model.head.weight) == 1
 
 
+@pytest.mark.parametrize("how", ["new", "deepcopy"])
+def test_another_model_of_the_class_is_no_replacement(how: str) -> None:
+    model = net()
+    step, opt = owned(model)
+    train(step, opt, 1)
+    other = net(seed=4) if how == "new" else copy.deepcopy(model)
+    want = reference(other, 2)
+    run = torch.compile(other, backend="elmo", options=EAGER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(run, torch.optim.SGD(other.parameters(), 0.5), 2)
+        opt.step()
+        train(step, opt, 1)
+    assert_same(other, want)
+    assert updates(opt, model.head.weight) == 2
+
+
+def test_a_new_head_module_is_a_replacement() -> None:
+    model = net()
+    step, opt = owned(model)
+    train(step, opt, 1)
+    model.head = net(seed=9).head
+    with pytest.warns(UserWarning, match="no module has the former one any more"):
+        step(*batch(1)).backward()
+    with pytest.raises(FusedUpdateError, match="was replaced"):
+        opt.step()
+
+
 def test_an_averaged_copy_evaluated_without_gradients() -> None:
     model = net()
     step, opt = owned(model)
