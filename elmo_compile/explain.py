@@ -79,7 +79,7 @@ def explain(
     if report.matches or report.refusals:
         return report
     fresh = [reason.partition("\n")[0] for reason in _refused_by_dynamo() - refused]
-    found = _recurrent(_unwrapped(fn), args)
+    found = _recurrent(_unwrapped(fn), [*args, *kwargs.values()])
     return dataclasses.replace(report, notes=_no_head(bool(report.sections), fresh, found))
 
 
@@ -113,9 +113,11 @@ def _refused_by_dynamo() -> Counter[str]:
 
 def _recurrent(fn: Any, args: Sequence[Any]) -> list[str]:
     """Names of the RNN modules near a function: its own, its closure's, its arguments'."""
-    cells = inspect.getclosurevars(fn) if inspect.isfunction(fn) else None
     near = [fn, getattr(fn, "__self__", None), *args]
-    near += [] if cells is None else [*cells.nonlocals.values(), *cells.globals.values()]
+    if inspect.isfunction(fn):
+        with contextlib.suppress(ValueError):  # A cell of the closure is empty.
+            cells = inspect.getclosurevars(fn)
+            near += [*cells.nonlocals.values(), *cells.globals.values()]
     found = {
         id(module): f"{name or 'the module'} (nn.{type(module).__name__})"
         for root in near
