@@ -14,15 +14,16 @@ from elmo_compile import ops
 from elmo_compile.config import Options
 from elmo_compile.errors import ElmoError, NotRewritten, OptionError
 from elmo_compile.lowering import build_vector_probes, lower
-from elmo_compile.ops.owners import update_shares
-from elmo_compile.passes.graphs import copy_module, sites, source_of
+from elmo_compile.ops.owners import owner_of, update_shares
+from elmo_compile.ops.unfused import note
+from elmo_compile.passes.graphs import copy_module, parameter_name, sites, source_of
 from elmo_compile.passes.pipeline import Analysis, analyze
 from elmo_compile.passes.plan import unmatched_lowp
 from elmo_compile.passes.records import PlannedHead
 from elmo_compile.planner import Plan
 from elmo_compile.report.records import Code, Match, Refusal, Section
 from elmo_compile.report.store import record, tell_updates
-from elmo_compile.runtime import CompiledGraph
+from elmo_compile.runtime import CompiledGraph, give_name
 
 
 def elmo_backend(
@@ -73,16 +74,26 @@ def _compile(
     if chosen.lower == "inductor" and _on_cpu(example_inputs):
         build_vector_probes()
     analysis = _analyze(gm, chosen)
+    _note_left(analysis, example_inputs)
     if chosen.strict and analysis.refusals:
         raise NotRewritten(strict_message(analysis.refusals))
     if not _needs_runtime(analysis):
-        seen = Section(name=_name(), refusals=analysis.refusals, graph_before=gm, graph_after=gm)
-        record(seen)
+        record(_untouched(_name(), gm, analysis, chosen))
         return lower(gm, example_inputs, chosen)
     compiled = CompiledGraph(analysis, example_inputs, chosen)
     compiled.compile_first(example_inputs)
     record(section(_name(), gm, compiled, example_inputs))
     return compiled
+
+
+def _note_left(analysis: Analysis, inputs: Sequence[Any]) -> None:
+    """Tell the optimizer of each weight whose linear layer was left as it was."""
+    placeholders = list(analysis.module.graph.find_nodes(op="placeholder"))
+    for position, why in analysis.left:
+        owner = owner_of(inputs[position])
+        if owner is not None:
+            give_name(owner, parameter_name(placeholders[position]))
+        note(inputs[position], why)
 
 
 def _on_cpu(inputs: Sequence[Any]) -> bool:
@@ -92,7 +103,10 @@ def _on_cpu(inputs: Sequence[Any]) -> bool:
 
 def keep(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of Dynamo's graph that can still be examined when Dynamo is done with it."""
-    return copy_module(gm)
+    copy = copy_module(gm)
+    reason: Any = getattr(gm, _REASON, None)
+    setattr(copy, _REASON, reason)
+    return copy
 
 
 def examine(
@@ -101,9 +115,7 @@ def examine(
     """What the backend would say of a graph, and whether it has heads; compiles nothing."""
     analysis = _analyze(gm, options)
     if not _needs_runtime(analysis):
-        return Section(
-            name=name, refusals=analysis.refusals, graph_before=gm, graph_after=gm
-        ), False
+        return _untouched(name, gm, analysis, options), False
     compiled = CompiledGraph(analysis, inputs, options)
     return section(name, gm, compiled, inputs), bool(analysis.heads or analysis.deferred)
 
@@ -119,6 +131,18 @@ def _needs_runtime(analysis: Analysis) -> bool:
         return True
     converted = any(unmatched_lowp(site.module, ()) for site in sites(analysis.module))
     return converted and torch.is_grad_enabled()
+
+
+def _untouched(name: str, gm: fx.GraphModule, analysis: Analysis, options: Options) -> Section:
+    """The report of a graph in which nothing was replaced."""
+    small = (analysis.largest, options.min_outputs) if analysis.largest else None
+    return Section(
+        name=name,
+        refusals=analysis.refusals,
+        below_min_outputs=small,
+        graph_before=gm,
+        graph_after=gm,
+    )
 
 
 def section(
@@ -147,15 +171,18 @@ def section(
         matches.append(
             Match(
                 loss=head.match.loss.name,
+                name=compiled.name_of(head.weight_input, inputs),
                 num_outputs=head.match.region.num_outputs,
                 num_features=head.match.num_features,
                 fused_update=fused,
+                at_step=at_step,
                 chunk_size=plan.chunk_size,
                 dtype=head.weight_dtype,
                 compute_dtype=head.compute_dtype,
                 products=plan.products + at_step,
                 source=source_of(head.match.region.seed),
-                deferred=head.match.region.seed in {o.seed for o, _ in analysis.deferred},
+                deferred=head.match.region.seed in compiled.made,
+                made=compiled.made.get(head.match.region.seed, {}),
                 loss_value=head.loss_value if fused else "exact",
                 notes=notes,
             )
@@ -164,7 +191,9 @@ def section(
     for output, top in analysis.deferred:
         if output.seed in {head.match.region.seed for head in analysis.heads}:
             continue
-        matches.append(_deferred(top, source_of(output.seed)))
+        made = compiled.made[output.seed]
+        name = compiled.name_of(compiled.weight_of(output), inputs)
+        matches.append(_deferred(top, source_of(output.seed), name, made, _graph_break(gm)))
         plans.append(top.plan)
     return Section(
         name=name,
@@ -191,10 +220,28 @@ def _how(plan: Plan) -> tuple[str, ...]:
     return notes
 
 
-def _deferred(top: PlannedHead, source: str) -> Match:
+_REASON = "compile_subgraph_reason"
+"""Where Dynamo says why a graph ends; torch._dynamo.explain reads it too (tried on 2.13)."""
+
+
+def _graph_break(gm: fx.GraphModule) -> str:
+    """The user's line after which Dynamo ended a graph, and its reason, if it had to."""
+    reason: Any = getattr(gm, _REASON, None)
+    if reason is None or not reason.graph_break or not reason.user_stack:
+        return ""
+    frame = reason.user_stack[-1]
+    why = str(reason.reason).partition("\n")[0]
+    told = "" if why in ("", "step_unsupported") else f" ({why})"
+    return f"{frame.filename}:{frame.lineno}: {frame.line}{told}"
+
+
+def _deferred(
+    top: PlannedHead, source: str, name: str, made: Mapping[str, int], graph_break: str
+) -> Match:
     """A head whose logits leave the graph and whose loss, if any, is outside."""
     return Match(
         loss="linear",
+        name=name,
         num_outputs=top.match.region.num_outputs,
         num_features=top.match.num_features,
         fused_update=False,
@@ -204,6 +251,8 @@ def _deferred(top: PlannedHead, source: str) -> Match:
         products=0,
         source=source,
         deferred=True,
+        made=made,
+        graph_break=graph_break,
         notes=(
             "a loss of the deferred logits is compiled, and reported, when it is called; bytes and "
             "chunk are those of the argmax and largest logits of each row",

@@ -1,12 +1,17 @@
-"""`elmo_compile.explain`: what the backend would do to a function, without doing it."""
+"""`elmo_compile.explain`: what the backend would do to a function, without doing it.
+
+Why Dynamo compiled nothing is asked of its counters (`torch._dynamo.utils`, tried on 2.13).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import random
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -62,7 +67,7 @@ def explain(
         ElmoError: what the backend itself would raise, but for `strict`.
     """
     session = _Session(Options.from_mapping(options))
-    before = getattr(_active, "session", None)
+    before, refused = getattr(_active, "session", None), _refused_by_dynamo()
     with _generators_kept(), _no_training(), contextlib.suppress(_Stop):
         _active.session = session
         try:
@@ -70,7 +75,57 @@ def explain(
             traced(*args, **kwargs)
         finally:
             _active.session = before
-    return Report(tuple(session.sections))
+    report = Report(tuple(session.sections))
+    if report.matches or report.refusals:
+        return report
+    fresh = [reason.partition("\n")[0] for reason in _refused_by_dynamo() - refused]
+    found = _recurrent(_unwrapped(fn), [*args, *kwargs.values()])
+    return dataclasses.replace(report, notes=_no_head(bool(report.sections), fresh, found))
+
+
+def _no_head(compiled: bool, refused: Sequence[str], recurrent: Sequence[str]) -> tuple[str, ...]:
+    """Why no head was seen, in sentences.
+
+    Args:
+        compiled: whether there was a graph.
+        refused: what Dynamo said, in this call, of code it does not trace.
+        recurrent: names of the modules that it skips the calling function for.
+    """
+    notes: tuple[str, ...] = ()
+    if not compiled:
+        why = f" ({'; '.join(refused)})" if refused else ""
+        notes += (f"Dynamo compiled nothing: the function was skipped, and runs as it is{why}",)
+    if recurrent and not torch._dynamo.config.allow_rnn:
+        notes += (
+            f"Dynamo skips a function that calls {', '.join(recurrent)}: set "
+            "torch._dynamo.config.allow_rnn = True, or call it in a method of its own, decorated "
+            "with @torch.compiler.disable, so that the function with the head is compiled",
+        )
+    return notes
+
+
+def _refused_by_dynamo() -> Counter[str]:
+    """How often Dynamo has met each kind of code that it does not trace, so far."""
+    from torch._dynamo.utils import counters
+
+    return Counter(counters.get("unimplemented")) + Counter(counters.get("graph_break"))
+
+
+def _recurrent(fn: Any, args: Sequence[Any]) -> list[str]:
+    """Names of the RNN modules near a function: its own, its closure's, its arguments'."""
+    near = [fn, getattr(fn, "__self__", None), *args]
+    if inspect.isfunction(fn):
+        with contextlib.suppress(ValueError):  # A cell of the closure is empty.
+            cells = inspect.getclosurevars(fn)
+            near += [*cells.nonlocals.values(), *cells.globals.values()]
+    found = {
+        id(module): f"{name or 'the module'} (nn.{type(module).__name__})"
+        for root in near
+        if isinstance(root, torch.nn.Module)
+        for name, module in root.named_modules()
+        if isinstance(module, torch.nn.RNNBase)
+    }
+    return list(found.values())
 
 
 def _unwrapped(fn: Any) -> Any:

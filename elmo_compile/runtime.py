@@ -13,22 +13,31 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.fx as fx
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from elmo_compile.config import Options
 from elmo_compile.deferred import Origin
 from elmo_compile.deferred.loss import defer_loss
+from elmo_compile.deferred.made import Made
 from elmo_compile.deferred.tensor import defer
 from elmo_compile.lowering import lower, lower_later
 from elmo_compile.ops.exclusion import is_excluded
 from elmo_compile.ops.fused import open_call, serial_if_deferred
+from elmo_compile.ops.holders import in_a_module
 from elmo_compile.ops.kept import Tops, collecting
 from elmo_compile.ops.linear import carry
-from elmo_compile.ops.owners import Owner, owner_of
+from elmo_compile.ops.owners import Owner, live_owners, owner_of
+from elmo_compile.ops.unfused import note
 from elmo_compile.passes.defer import same_logits
+from elmo_compile.passes.find import is_matrix, weight_inputs
+from elmo_compile.passes.graphs import hint, parameter_name, tensor_of
 from elmo_compile.passes.pipeline import Analysis
 from elmo_compile.passes.records import DeferredOutput, PlannedHead, Rewritten
 from elmo_compile.passes.rewrite import rewrite
+
+NOT_OWNED = "no elmo_compile optimizer owns the weight"
 
 
 class Treatment(NamedTuple):
@@ -54,6 +63,13 @@ class CompiledGraph:
         self._lock = threading.Lock()
         self._was_fused: list[weakref.ref[Owner] | None] = [None] * len(analysis.heads)
         self._warned = False
+        self._strangers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        """Weights of other models, with the key of the owner they have nothing to do with."""
+        self._weights = [_weights(head) for head in analysis.heads]
+        placeholders = analysis.module.graph.find_nodes(op="placeholder")
+        self._names = [parameter_name(node) for node in placeholders]
+        self.made: dict[fx.Node, Made] = {output.seed: Made() for output, _ in analysis.deferred}
+        """How often the deferred logits of a head (its product) were made, for each reason."""
         self._origins = [self._origin(*pair) for pair in analysis.deferred]
         self._collected = {
             origin: head.weight_input
@@ -68,7 +84,7 @@ class CompiledGraph:
 
     def _origin(self, output: DeferredOutput, top: PlannedHead) -> Origin:
         made = rewrite(top.match.region.site.module, [top], [False], grad=False)
-        return Origin(output, made.module, self.options)
+        return Origin(output, made.module, self.options, self.made[output.seed])
 
     def compile_first(self, inputs: Sequence[Any]) -> None:
         """Compile the variant these inputs call for; others follow when a call needs them."""
@@ -80,10 +96,38 @@ class CompiledGraph:
         """What a call with these inputs does with each head."""
         return [self._treatment(head, inputs) for head in self.analysis.heads]
 
+    def weight_of(self, output: DeferredOutput) -> int | None:
+        """Where the weight of deferred logits enters the graph, if it does."""
+        logits = tensor_of(output.seed)
+        placeholders = list(self.analysis.module.graph.find_nodes(op="placeholder"))
+        found = {
+            position
+            for kind, position in output.sources
+            if kind != "output" and logits is not None
+            if is_matrix(placeholders[position], hint(logits.shape[-1]))
+        }
+        return found.pop() if len(found) == 1 else None
+
+    def name_of(self, position: int | None, inputs: Sequence[Any]) -> str:
+        """What messages and reports call a weight: as its optimizer does, which takes the graph's
+        name for it where it was given none."""
+        if position is None:
+            return ""
+        owner = owner_of(inputs[position])
+        if owner is None:
+            return self._names[position]
+        give_name(owner, self._names[position])
+        return owner.name
+
     def __call__(self, *inputs: Any) -> Any:
         treatments = self.treatments(inputs)
-        for head, treatment in zip(self.analysis.heads, treatments):
+        for head, treatment, weights in zip(self.analysis.heads, treatments, self._weights):
             _check_usable(head, treatment, inputs)
+            for position in weights:
+                self.name_of(position, inputs)
+            if treatment.owner is None and treatment.why != NOT_OWNED and torch.is_grad_enabled():
+                for position in weights:
+                    note(inputs[position], treatment.why)
         variant, compiled = self._variant(tuple(treatment.kind for treatment in treatments))
         self._notice_lost_owners(treatments, inputs)
         arguments = self._arguments(variant, inputs)
@@ -189,7 +233,11 @@ class CompiledGraph:
         return Treatment("gradient" if owner is None else "fused", owner, why)
 
     def _notice_lost_owners(self, treatments: list[Treatment], inputs: Sequence[Any]) -> None:
-        """Warn, once, where a head that was fused is now called with a weight nobody owns."""
+        """Warn, once, where a head's Parameter was fused and is now another one that nobody owns.
+
+        Another model of the same class shares the graph, and is none of an owner's business: its
+        calls leave the owner's Parameter in its own module.
+        """
         if not (self.grad and torch.is_grad_enabled()):
             return
         for position, (head, treatment) in enumerate(zip(self.analysis.heads, treatments)):
@@ -202,24 +250,47 @@ class CompiledGraph:
                 continue
             weight = inputs[head.weight_input]
             if weight.requires_grad and owner_of(weight) is None:
+                known = self._strangers.get(weight) == before.key  # type: ignore[no-untyped-call]
+                if known or before.replaced_by_unowned:
+                    continue
+                if in_a_module(before.param):
+                    self._strangers[weight] = before.key
+                    continue
                 before.replaced_by_unowned = True
                 if not self._warned:
                     self._warned = True
                     warnings.warn(
                         f"elmo_compile: the head weight {before.name} was updated inside "
                         "backward() until now, but this call uses a Parameter that no "
-                        "elmo_compile optimizer owns (load_state_dict(assign=True), a deepcopy, "
-                        "an EMA copy?). It gets an ordinary gradient; construct the optimizer "
-                        "again if it is to be trained",
+                        "elmo_compile optimizer owns, and no module has the former one any more "
+                        "(load_state_dict(assign=True)?). It gets an ordinary gradient; construct "
+                        "the optimizer again if it is to be trained",
                         stacklevel=3,
                     )
+
+
+def give_name(owner: Owner, name: str) -> None:
+    """Call a weight by its qualified name, if its optimizer has only a number for it."""
+    if not name or not owner.name.startswith("#"):
+        return
+    number = owner.name.partition(" ")[0]
+    taken = any(other.name == name and not other.superseded for other in live_owners())
+    owner.name = f"{name} ({number})" if taken else name
+
+
+def _weights(head: PlannedHead) -> list[int]:
+    """Where a head's weight enters the graph, or what it is computed from."""
+    if head.weight_input is not None:
+        return [head.weight_input]
+    region = head.match.region
+    return weight_inputs(region.site, region.seed, region.num_outputs)
 
 
 def _owner(head: PlannedHead, weight: Tensor, inputs: Sequence[Any]) -> tuple[Owner | None, str]:
     """Who updates a head's weight in this call, or why nobody does."""
     owner = owner_of(weight)
     if owner is None:
-        return None, "no elmo_compile optimizer owns the weight"
+        return None, NOT_OWNED
     for reason, applies in _CALL_REASONS:
         if applies(weight):
             return None, reason

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from elmo_compile.passes.graphs import Site, hint, hints, sites, tensor_of, value_of
+from elmo_compile.passes.graphs import Site, ancestors, hint, hints, sites, tensor_of, value_of
 from elmo_compile.passes.modes import ambient_autocast, autocast_states, grad_modes
 from elmo_compile.passes.records import Autocast, Region
 
@@ -74,6 +74,36 @@ def seed_outputs(node: fx.Node, min_outputs: int) -> int | None:
             if hint(x.shape[-1]) == D and hints(x.shape[:-1]) == rows:
                 return L
     return None
+
+
+def largest_linear(module: fx.GraphModule) -> tuple[int, list[int]]:
+    """Outputs of the largest linear layer (0 without one), and where its weight enters the graph.
+
+    Checkpointed bodies are looked at too.
+    """
+    found = ((seed_outputs(n, 1), s, n) for s in sites(module) for n in s.graph.nodes)
+    outputs, site, node = max(
+        ((L, s, n) for L, s, n in found if L), key=lambda item: item[0], default=(0, None, None)
+    )
+    return outputs, weight_inputs(site, node, outputs) if site and node else []
+
+
+def weight_inputs(site: Site, seed: fx.Node, num_outputs: int) -> list[int]:
+    """Positions among the top-level graph's inputs of matrices that a product reads as its weight,
+    views and casts of it included."""
+    placeholders = [
+        site.outer(node)
+        for node in ancestors(*(arg for arg in seed.all_input_nodes if is_matrix(arg, num_outputs)))
+        if node.op == "placeholder" and is_matrix(node, num_outputs)
+    ]
+    found = [node for node in placeholders if node is not None]
+    return [list(node.graph.find_nodes(op="placeholder")).index(node) for node in found]
+
+
+def is_matrix(node: fx.Node, num_outputs: int) -> bool:
+    """Whether a node may be the weight of a product with that many outputs."""
+    tensor = tensor_of(node)
+    return tensor is not None and tensor.ndim == 2 and num_outputs in hints(tensor.shape)
 
 
 def is_huge(node: Any, num_outputs: int) -> bool:

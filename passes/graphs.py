@@ -16,6 +16,18 @@ _LIBRARY = re.compile(
 )
 
 
+_OWNED = re.compile(r"\._(?:modules|parameters)\['([^']+)'\]")
+
+
+def parameter_name(placeholder: fx.Node) -> str:
+    """A parameter's qualified name in the model Dynamo found it in; empty where that is unknown.
+
+    `meta["grapharg"].source` is Dynamo's own (tried on torch 2.13).
+    """
+    name: Any = getattr(getattr(placeholder.meta.get("grapharg"), "source", None), "name", "")
+    return ".".join(_OWNED.findall(str(name() if callable(name) else name)))
+
+
 def value_of(node: Any) -> Any:
     """What Dynamo (`example_value`) or make_fx (`val`) knows about a node's result; else None."""
     if not isinstance(node, fx.Node):

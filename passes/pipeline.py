@@ -17,7 +17,7 @@ from elmo_compile.config import Options
 from elmo_compile.errors import ElmoError
 from elmo_compile.passes.canonicalize import retrace
 from elmo_compile.passes.defer import defer_outputs
-from elmo_compile.passes.find import find_regions, without_tail
+from elmo_compile.passes.find import find_regions, largest_linear, weight_inputs, without_tail
 from elmo_compile.passes.graphs import copy_module, source_of
 from elmo_compile.passes.hazards import check_hazards
 from elmo_compile.passes.match import match_program, match_region
@@ -43,6 +43,10 @@ class Analysis:
     refusals: tuple[Refusal, ...]
     deferred: tuple[tuple[DeferredOutput, PlannedHead], ...] = ()
     """Results taken out of the graph, and the planned head that makes the top of each row."""
+    largest: int = 0
+    """Outputs of the largest linear layer, where none has `min_outputs`."""
+    left: tuple[tuple[int, str], ...] = ()
+    """Inputs of the graph that are weights of linear layers left as they are, and why."""
 
 
 def _check(item: Region, options: Options) -> Region | Refusal:
@@ -112,15 +116,23 @@ def _plan_top(output: DeferredOutput, options: Options) -> PlannedHead | None:
 def _analyze(module: fx.GraphModule, options: Options) -> Analysis:
     heads: list[PlannedHead] = []
     refusals: list[Refusal] = []
-    for region in find_regions(module, options.min_outputs):
+    left: list[tuple[int, str]] = []
+    regions = find_regions(module, options.min_outputs)
+    for region in regions:
         result = advance(region, options)
         if isinstance(result, Refusal) and region.tail:
             result = advance(without_tail(region), options)
         if isinstance(result, Refusal):
             refusals.append(result)
+            why = f"the head was left as it was ({result.reason})"
+            weights = weight_inputs(region.site, region.seed, region.num_outputs)
+            left += [(position, why) for position in weights]
         else:
             heads.append(result)
-    return Analysis(module, tuple(heads), tuple(refusals))
+    largest, weights = (0, []) if regions else largest_linear(module)
+    small = f"it has {largest} outputs, below min_outputs={options.min_outputs}"
+    left += [(position, small) for position in weights]
+    return Analysis(module, tuple(heads), tuple(refusals), largest=largest, left=tuple(left))
 
 
 def advance(region: Region, options: Options) -> PlannedHead | Refusal:

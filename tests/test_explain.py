@@ -177,3 +177,54 @@ def test_assert_rewritten():
         elmo.testing.assert_rewritten(
             Model(), *args, loss="cross_entropy", fused_update=True, options=SMALL
         )
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["one_graph", "graph_break"])
+def test_the_largest_layer_is_told_where_all_are_too_small(broken):
+    model = Model(broken)
+    told = "the largest linear layer has 100 outputs, below min_outputs=1000000"
+    assert told in str(elmo.explain(model, *batch(), options=NO_CANDIDATE))
+    torch.compile(model, backend="elmo", options=NO_CANDIDATE)(*batch())
+    assert told in str(elmo.last_report())
+    assert "below min_outputs" not in str(elmo.explain(model, *batch(), options=SMALL))
+    other = elmo.explain(lambda x: x.relu(), batch()[0], options=NO_CANDIDATE)
+    assert "below min_outputs" not in str(other)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(8, 8)
+        self.head = nn.Linear(8, 100)
+        self.apart = apart
+
+    @torch.compiler.disable
+    def encode(self, x):
+        return self.rnn(x)[0]
+
+    def forward(self, x, y):
+        features = self.encode(x) if self.apart else self.rnn(x)[0]
+        return F.cross_entropy(self.head(features), y)
+
+
+@pytest.mark.parametrize("where", ["module", "function"])
+def test_a_skipped_function_is_told_with_its_remedies(where):
+    model = Recurrent(apart=False)
+    fn = model if where == "module" else lambda x, y: model(x, y) * 2
+    report = elmo.explain(fn, *batch(), options=SMALL)
+    text = " ".join(str(report).split())
+    if where == "module":
+        assert not report.sections
+        assert "Dynamo compiled nothing" in text
+        assert "RNN, GRU, or LSTM" in text
+    assert "calls rnn (nn.GRU)" in text
+    assert "torch._dynamo.config.allow_rnn = True" in text
+    assert "@torch.compiler.disable" in text
+
+
+def test_the_remedies_for_a_skipped_function_help():
+    assert len(elmo.explain(Recurrent(apart=True), *batch(), options=SMALL).matches) == 1
+    with torch._dynamo.config.patch(allow_rnn=True):
+        report = elmo.explain(Recurrent(apart=False), *batch(), options=SMALL)
+    assert len(report.matches) == 1
+    assert not report.notes

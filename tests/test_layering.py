@@ -76,6 +76,7 @@ MAY_TOUCH_PRIVATE: dict[str, set[str]] = {
     "elmo_compile/deferred/gradient.py": {"_C"},
     "elmo_compile/deferred/origin.py": {"_subclasses"},
     "elmo_compile/deferred/tensor.py": {"_C"},
+    "elmo_compile/explain.py": {"_dynamo"},
     "elmo_compile/integrations.py": {"_dynamo"},
     "elmo_compile/kernels/aten/compiled.py": {"_C", "_dynamo"},
     "elmo_compile/lowering.py": {"_inductor"},

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elmo_compile.config import Options
+from elmo_compile.deferred.made import Made
 from elmo_compile.deferred.step import Step
 from elmo_compile.passes.defer import bare_product
 from elmo_compile.passes.graphs import tensor_of
@@ -30,12 +31,18 @@ class Origin:
         top: of the recipe's inputs (without carriers): argmax, largest values and their indices of
             each row, streamed.
         options: those of the graph.
+        made: counts how often the logits are made as values, and why.
     """
 
     def __init__(
-        self, output: DeferredOutput, top: Callable[..., tuple[Tensor, ...]], options: Options
+        self,
+        output: DeferredOutput,
+        top: Callable[..., tuple[Tensor, ...]],
+        options: Options,
+        made: Made,
     ) -> None:
         self.output = output
+        self.made = made
         self.options = options
         self._top = top
         self._programs: dict[Any, Callable[..., Any]] = {}

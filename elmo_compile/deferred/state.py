@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from elmo_compile.errors import StaleLogitsError
 from elmo_compile.numerics.capture import capturing
 from elmo_compile.ops.kept import watch
 from elmo_compile.ops.owners import replayed_updates
+from elmo_compile.ops.unfused import note
 
 
 class State:
@@ -48,15 +49,30 @@ class State:
         """Whether the values are there or need no weight any more."""
         return self._values is not None
 
-    def real(self) -> Tensor:
-        """The values, made now if need be. Raises StaleLogitsError if that is too late."""
+    def real(self, why: str | Callable[[], str] = "") -> Tensor:
+        """The values, made now if need be. Raises StaleLogitsError if that is too late.
+
+        Args:
+            why: for the report; empty where logits are kept by design.
+        """
         if self._values is not None:
             return self._values
+        if why and not self.available:
+            self._count(why if isinstance(why, str) else why())
         with torch.no_grad():
             made = self._make()
         if not self.in_graph or capturing(made.device):
             self._values = made
         return made
+
+    def _count(self, why: str) -> None:
+        """Tell the origin that its logits are made."""
+        root, _ = self.recipe()
+        if isinstance(root, Root):
+            root.origin.made.count(why)
+            for value in root.inputs:
+                if isinstance(value, torch.nn.Parameter) and value.ndim == 2:
+                    note(value, f"its deferred logits were made as values: {why}")
 
     def recipe(self) -> tuple[State, list[Step]]:
         """The root, and every step behind it."""

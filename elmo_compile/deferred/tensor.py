@@ -8,6 +8,7 @@ subclass and asks for the values (tried on torch 2.11 and 2.13).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from elmo_compile.deferred.made import COMPILED, EXCLUDED, read_by
 from elmo_compile.deferred.origin import FAKES, Origin, fake
 from elmo_compile.deferred.state import Derived, Given, Root, State, version
 from elmo_compile.deferred.step import Step
@@ -101,10 +103,10 @@ class Deferred(Tensor):
     @property
     def elmo_values(self) -> Tensor:
         """What `__tensor_flatten__` names."""
-        return self._state.real()
+        return self._state.real(COMPILED)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        self._state.real()
+        self._state.real(COMPILED)
         return ["elmo_values"], None
 
     @staticmethod
@@ -138,8 +140,9 @@ class Deferred(Tensor):
             size = args[0]._state.fake
             shaped = torch.zeros((), dtype=size.dtype, device=args[0].device).expand(size.shape)
             return func(shaped, *args[1:], **(kwargs or {}))
+        why = functools.partial(read_by, func.overloadpacket.__name__)
         plain_args, plain_kwargs = pytree.tree_map_only(
-            Deferred, lambda d: d._state.real(), (args, kwargs or {})
+            Deferred, lambda d: d._state.real(why), (args, kwargs or {})
         )
         result = func(*plain_args, **plain_kwargs)
         writes = func._schema.arguments[:1] and func._schema.arguments[0].alias_info
@@ -249,7 +252,10 @@ def defer(
         made: Deferred = Defer.apply(root, *entering, *carriers)  # type: ignore[no-untyped-call]
     made.attached = True
     excluded = any(isinstance(v, torch.nn.Parameter) and is_excluded(v) for v in values)
-    return made.materialize() if excluded else made
+    if not excluded:
+        return made
+    root.real(EXCLUDED)
+    return made.materialize()
 
 
 def derive(logits: Deferred, step: Step) -> Tensor | None:

@@ -16,6 +16,7 @@ from elmo_compile.numerics.philox import ROUNDING_VERSION
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.owners import Owner, Policy, owner_of, register, unregister
 from elmo_compile.optim import guards, options, state, whole
+from elmo_compile.optim.nothing_fused import nothing_fused
 from elmo_compile.optim.on_device import Graphs, count, rate_of, step_of
 from elmo_compile.optim.ordinary import Gradient, apply_updates, check_updates
 from elmo_compile.optim.used import Used
@@ -362,9 +363,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         if first and self._owners and not self.fused_parameters() and not self._warned:
             self._warned = True
             warnings.warn(
-                f"elmo_compile.optim.{type(self).__name__} is used, but no head's update was "
-                'fused: either the model is not compiled with backend="elmo", or no head was '
-                "rewritten (see elmo_compile.last_report()). Pass fused=False to silence this",
+                nothing_fused(type(self).__name__, self._owners),
                 stacklevel=5,  # step() inside torch's two wrappers
             )
 

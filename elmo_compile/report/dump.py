@@ -53,7 +53,7 @@ def _section(section: Section) -> dict[str, Any]:
 
 def _match(match: Match) -> dict[str, Any]:
     names = {"dtype": dtype_name(match.dtype), "compute_dtype": dtype_name(match.compute_dtype)}
-    return {**dataclasses.asdict(match), **names}
+    return {**dataclasses.asdict(match), **names, "made": dict(match.made)}
 
 
 def _plan(plan: Plan) -> dict[str, Any]:

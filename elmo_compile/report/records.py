@@ -86,11 +86,19 @@ class Match:
     compute_dtype: torch.dtype
     products: int
     """Matrix products in a step."""
+    name: str = ""
+    """The weight's, as its optimizer has it or else the graph; empty where neither knows."""
+    at_step: bool = False
+    """Whether a fused update is that of `opt.step()` (`update_at="step"`)."""
     source: str = ""
     """The user's line, `file:line: text`."""
     deferred: bool = False
     """Whether the logits are deferred."""
     loss_value: LossValue = "exact"
+    graph_break: str = ""
+    """The user's line after which the graph ends, where the loss is not in it."""
+    made: Mapping[str, int] = dataclasses.field(default_factory=dict, compare=False)
+    """How often the deferred logits were made as values all the same, for each reason; goes on."""
     notes: tuple[str, ...] = ()
     """Sentences: why the update is not fused, what the plan could not meet."""
 
@@ -105,6 +113,8 @@ class Section:
     plans: tuple[Plan, ...] = ()
     """The plan of each match, in the same order."""
     refusals: tuple[Refusal, ...] = ()
+    below_min_outputs: tuple[int, int] | None = None
+    """Outputs of the largest linear layer, and `min_outputs`, where no layer has as many."""
     graph_before: GraphModule | None = None
     """Kept as a copy that can be printed and holds no tensors; so is `graph_after`."""
     graph_after: GraphModule | None = None
@@ -127,6 +137,8 @@ class Report:
     )
     """Fused heads of this process, when the report was asked for: `updates` so far, and of a sample
     the shares `unchanged` by an update (rounded to nearest: lost), `saturated` and `zero`."""
+    notes: tuple[str, ...] = ()
+    """Sentences about the whole: why no head was seen."""
 
     @property
     def matches(self) -> tuple[Match, ...]:

@@ -16,11 +16,17 @@ from elmo_compile.report.records import Match, Refusal, Report
 
 WIDTH = 110
 LEGEND = "Bytes: N rows, D features, L outputs, C outputs per chunk, M listed positives"
+NOTHING = (
+    "no graph has reached the backend: nothing compiled with it was called yet, or Dynamo skipped "
+    "the function (as it does with those that call nn.RNN, nn.GRU or nn.LSTM); "
+    "elmo_compile.explain says which"
+)
 
 
 def render(report: Report) -> str:
     """The report as text of at most 110 columns, without ANSI codes."""
     lines: list[RenderableType] = [Text(_headline(report))]
+    lines += [Text(f"  note: {note}") for note in _about_all(report)]
     if report.matches:
         lines.append(_heads(report.matches))
         lines.append(Text(LEGEND))
@@ -38,9 +44,24 @@ def render(report: Report) -> str:
     return "\n".join(row.rstrip() for row in capture.get().splitlines())
 
 
+def _about_all(report: Report) -> tuple[str, ...]:
+    """Why there is nothing to show, where that is so."""
+    if not (report.notes or report.sections):
+        return (NOTHING,)
+    small = [s.below_min_outputs for s in report.sections if s.below_min_outputs is not None]
+    if not small or report.matches or report.refusals:
+        return report.notes
+    outputs, least = max(small)
+    return (
+        f"the largest linear layer has {_plural(outputs, 'output')}, below min_outputs={least}: "
+        "smaller heads are left to Inductor (options={'min_outputs': ...})",
+        *report.notes,
+    )
+
+
 def _updated(name: str, shares: Mapping[str, float]) -> str:
     """One fused head's counters; shares are NaN where nothing is rounded."""
-    text = f"head {name}: {int(shares['updates'])} updates in this process"
+    text = f"Head {name}: {int(shares['updates'])} updates in this process"
     counted = [f"{k} {shares[k]:.1%}" for k in ("unchanged", "saturated", "zero")]
     return text if math.isnan(shares["zero"]) else f"{text}; of a sample {', '.join(counted)}"
 
@@ -88,22 +109,43 @@ def _heads(matches: tuple[Match, ...]) -> Table:
             dtype_name(match.compute_dtype),
             str(match.chunk_size),
             str(match.products),
-            "in backward" if match.fused_update else "by gradient",
+            _update(match),
         )
     return table
+
+
+def _update(match: Match) -> str:
+    if not match.fused_update:
+        return "by gradient"
+    return "in opt.step()" if match.at_step else "in backward"
 
 
 def _summary(number: int, match: Match, plan: Plan) -> str:
     memory = plan.memory
     deferred = "; logits deferred" if match.deferred else ""
     where = f" at {match.source}" if match.source else ""
-    return (
-        f"Head {number}: {match.loss}{where}\n"
-        f"  holds {human_bytes(memory.bytes_after)} instead of {human_bytes(memory.bytes_before)}\n"
+    saved = f"{human_bytes(memory.bytes_after)} instead of {human_bytes(memory.bytes_before)}"
+    lines = [
+        f"Head {number}{f', {match.name}' if match.name else ''}: {match.loss}{where}",
+        f"  holds {saved}",
         f"  {human_bytes(plan.temporary_bytes)} of temporaries instead of "
-        f"{human_bytes(plan.logits_bytes)} of logits\n"
-        f"  loss value: {match.loss_value}{deferred}"
-    )
+        f"{human_bytes(plan.logits_bytes)} of logits",
+        f"  loss value: {match.loss_value}{deferred}",
+    ]
+    if match.made:
+        times = _plural(sum(match.made.values()), "time")
+        reasons = [f"    {_plural(n, 'time')}: {why}" for why, n in match.made.items()]
+        made = f"  its {human_bytes(plan.logits_bytes)} of logits were made all the same, {times}:"
+        lines[1:3] = [f"  would hold {saved}, but", made, *reasons]
+    elif match.graph_break:
+        lines[1] = f"  holds {saved}, unless something makes the logits"
+    if match.graph_break:
+        lines.append(
+            f"  the graph ends between head and loss, at {match.graph_break}\n"
+            "    what is compiled behind it, and receives the logits, makes them; a loss called in "
+            "code that is not compiled streams"
+        )
+    return "\n".join(lines)
 
 
 def _memory(memory: HeadMemory) -> Table:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 
 from elmo_compile.report.calls import current_call
-from elmo_compile.report.records import Report, Section
+from elmo_compile.report.records import Match, Report, Section
 
 KEPT = 64
 """Reports kept; the oldest goes first."""
@@ -68,8 +68,19 @@ def reports() -> tuple[Report, ...]:
 def last_report() -> Report:
     """What was compiled last in this process; an empty report if nothing was."""
     with _lock:
-        last = _entries[-1].report if _entries else Report()
-    return _with_updates(last)
+        found = [entry.report for entry in _entries]
+    last = found.pop() if found else Report()
+    notes = tuple(_made(match) for report in found for match in report.matches if match.made)
+    return _with_updates(dataclasses.replace(last, notes=notes) if notes else last)
+
+
+def _made(match: Match) -> str:
+    """Of a head in another report, whose logits the last one may be about: a loss of them."""
+    where = f" at {match.source}" if match.source else ""
+    return (
+        f"another report (elmo_compile.reports()): the deferred logits of the head{where} were "
+        f"made as values, {sum(match.made.values())} times"
+    )
 
 
 def _with_updates(report: Report) -> Report:

@@ -210,6 +210,23 @@ def test_architecture(name: str) -> None:
     torch.testing.assert_close(mine.logits + 0, theirs.logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("remedy", [False, True])
+def test_what_the_report_says_of_gpt2(remedy: bool) -> None:
+    T.modeling_utils.logger.warning_once.cache_clear()
+    model = MODELS["GPT2LMHeadModel"]().train()
+    if remedy:
+        model.loss_type = "ForCausalLM"
+    given = inputs("GPT2LMHeadModel")
+    (explained, *_) = elmo.explain(model, **given, options=OPTIONS).matches
+    assert ("loss = self.loss_function(" in explained.graph_break) == (not remedy)
+    run = torch.compile(model, backend="elmo", options=OPTIONS)
+    for _ in range(2):
+        run(**given).loss.backward()
+    matches = [match for report in elmo.reports() for match in report.matches]
+    assert sum(n for match in matches for n in match.made.values()) == (0 if remedy else 2)
+
+
 def test_the_table_in_the_docs_is_this_grid() -> None:
     text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `([^`]+)` \| (yes|no) ", text, flags=re.MULTILINE)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from training import (
     EAGER,
@@ -15,6 +17,7 @@ from training import (
     Tied,
     assert_same,
     batch,
+    compiled,
     net,
     owned,
     reference,
@@ -77,7 +80,9 @@ def test_distributed_data_parallel_gets_a_real_gradient(outside: bool) -> None:
     else:
         step = torch.compile(ddp(model), backend="elmo", options=EAGER)
     opt = elmo.optim.SGD(model.parameters(), 0.5)
-    with pytest.warns(UserWarning, match="no head's update was fused"):
+    with pytest.warns(
+        UserWarning, match=r"no head's update was fused: head\.weight.*: Distributed"
+    ):
         train(step, opt, 2)
     assert_same(model, want)
     assert not elmo.is_fused(model.head.weight)
@@ -113,6 +118,82 @@ def test_a_second_use_outside_the_graph_is_named_by_step() -> None:
     step, opt = owned(model)
     before = model.encoder.weight.detach().clone()
     (step(*batch()) + model.head.weight.sum()).backward()
-    with pytest.raises(FusedUpdateError, match=r"#2 \(48, 8\).*dense gradient"):
+    with pytest.raises(FusedUpdateError, match=r"head weight head\.weight.*dense gradient"):
         opt.step()
     assert torch.equal(model.encoder.weight, before)
+
+
+class Halved(nn.Module):
+    """A head whose weight is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = net().head
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(x, self.head.weight * 0.5), y)
+
+
+class Sorted(Halved):
+    """A head that is refused."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.head(x).sort(-1).values.sum()
+
+
+class Broken(Halved):
+    """A head whose logits another graph receives."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = self.head(x)
+        torch._dynamo.graph_break()
+        return z.sort(-1).values.sum()
+
+
+class Recurrent(Halved):
+    """Dynamo skips it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(8, 8)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.head(self.rnn(x)[0]), y)
+
+
+def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """By the name of the head where a weight has two."""
+    names = {param: name for name, param in model.named_parameters(remove_duplicate=False)}
+    return [(name, param) for param, name in names.items()]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "why"),
+    [
+        (Tied, {}, r"head\.weight: something else in the graph reads the weight"),
+        (lambda: Tied(alias=True), {}, r"head\.weight: another input .* shares .* memory"),
+        (Halved, {}, r"head\.weight: the weight is computed in the graph"),
+        (Sorted, {}, r"head\.weight: the head was left as it was \(.*sort"),
+        (Broken, {}, r"head\.weight: its deferred logits were made as values: a function that"),
+        (Halved, {"min_outputs": 100}, r"head\.weight: it has 48 outputs, below min_outputs=100"),
+        (Recurrent, {}, r"Dynamo skipped the function .*nn\.GRU"),
+    ],
+    ids=["tied", "alias", "computed", "refused", "made", "small", "skipped"],
+)
+def test_the_warning_names_the_reason(make: Any, options: dict[str, Any], why: str) -> None:
+    model = make()
+    step = compiled(model, **options)
+    opt = elmo.optim.SGD(_named(model), 0.5)
+    x = torch.arange(6) if isinstance(model, Tied) else torch.randn(6, 8)
+    step(x, batch()[1]).backward()
+    with pytest.warns(UserWarning, match="(?s)no head's update was fused: .*" + why):
+        opt.step()
+
+
+def test_the_warning_names_hooks() -> None:
+    model = net()
+    step, opt = owned(model)
+    model.head.weight.register_hook(lambda grad: None)
+    step(*batch()).backward()
+    with pytest.warns(UserWarning, match="the weight has gradient hooks"):
+        opt.step()

@@ -113,6 +113,34 @@ def test_load_state_dict_assign_warns_once_and_step_raises() -> None:
     assert updates(opt, model.head.weight) == 1
 
 
+@pytest.mark.parametrize("how", ["new", "deepcopy"])
+def test_another_model_of_the_class_is_no_replacement(how: str) -> None:
+    model = net()
+    step, opt = owned(model)
+    train(step, opt, 1)
+    other = net(seed=4) if how == "new" else copy.deepcopy(model)
+    want = reference(other, 2)
+    run = torch.compile(other, backend="elmo", options=EAGER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(run, torch.optim.SGD(other.parameters(), 0.5), 2)
+        opt.step()
+        train(step, opt, 1)
+    assert_same(other, want)
+    assert updates(opt, model.head.weight) == 2
+
+
+def test_a_new_head_module_is_a_replacement() -> None:
+    model = net()
+    step, opt = owned(model)
+    train(step, opt, 1)
+    model.head = net(seed=9).head
+    with pytest.warns(UserWarning, match="no module has the former one any more"):
+        step(*batch(1)).backward()
+    with pytest.raises(FusedUpdateError, match="was replaced"):
+        opt.step()
+
+
 def test_an_averaged_copy_evaluated_without_gradients() -> None:
     model = net()
     step, opt = owned(model)
@@ -260,6 +288,36 @@ def test_named_parameters_are_named_in_messages() -> None:
     step(*batch()).backward()
     with pytest.raises(FusedUpdateError, match=r"head\.weight"):
         step(*batch()).backward()
+    del opt
+
+
+@pytest.mark.parametrize("update_at", ["step", "backward"])
+def test_a_weight_without_a_name_is_given_that_of_the_graph(update_at: str) -> None:
+    gc.collect()  # Weights of other tests have the name, too.
+    model = net()
+    step, opt = owned(model, update_at=update_at)
+    train(step, opt, 1)
+    report = elmo.last_report()
+    (match,) = report.matches
+    assert match.name == next(iter(opt.counters()))
+    assert match.name.startswith("head.weight")
+    assert match.name in report.updates
+    assert f"Head 1, {match.name}: cross_entropy" in str(report)
+    assert ("in opt.step()" in str(report)) == match.at_step == (update_at == "step")
+    run, other = owned(net())
+    train(run, other, 1)
+    assert list(other.counters()) == ["head.weight (#2)"]
+    (explained,) = elmo.explain(net(), *batch(), options=EAGER).matches
+    assert explained.name == "head.weight"
+
+
+def test_deferred_logits_are_named() -> None:
+    head = net().head
+    opt = elmo.optim.SGD(head.parameters(), 0.5)
+    compiled(head)(torch.randn(6, 8))
+    (match,) = elmo.last_report().matches
+    assert match.loss == "linear"
+    assert match.name.startswith("weight")
     del opt
 
 

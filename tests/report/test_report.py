@@ -154,6 +154,17 @@ def test_text():
         assert expected in text
 
 
+def test_a_head_has_one_name():
+    matches = (a_match(name="decoder.weight", fused_update=True, at_step=True),)
+    section = Section(name="0/0", matches=matches, plans=(a_plan(),))
+    shares = dict.fromkeys(("unchanged", "saturated", "zero"), float("nan"))
+    text = str(Report((section,), updates={"decoder.weight": {"updates": 3, **shares}}))
+    assert "Head 1, decoder.weight: binary" in text
+    assert "Head decoder.weight: 3 updates in this process" in text
+    assert "in opt.step()" in text
+    assert "in backward" not in text
+
+
 def test_user_text_is_never_markup():
     source = "a.py:1: x[red] = [bold]y[/bold]"
     refusal = dataclasses.replace(a_refusal(), source=source)
@@ -162,7 +173,9 @@ def test_user_text_is_never_markup():
 
 
 def test_an_empty_report_reads_too(tmp_path):
-    assert str(Report()) == "elmo: 0 graphs, 0 heads rewritten, 0 left as they were"
+    first, *rest = str(Report()).splitlines()
+    assert first == "elmo: 0 graphs, 0 heads rewritten, 0 left as they were"
+    assert "no graph has reached the backend" in rest[0]
     assert Report().graph_after is None
     assert Report().dump(tmp_path / "deep" / "er").exists()
 

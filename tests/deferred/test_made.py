@@ -1,0 +1,97 @@
+"""A report tells how often deferred logits were made all the same, where, and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import elmo_compile as elmo
+from elmo_compile.deferred.made import Made
+
+N, L = 6, 100
+OPTIONS: dict[str, Any] = {"lower": "eager", "min_outputs": 64}
+
+
+class Broken(nn.Module):
+    """A graph break between head and loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, L)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        z = self.head(x)
+        torch._dynamo.graph_break()
+        return F.cross_entropy(z, y)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    elmo.report.clear()
+    torch.manual_seed(0)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(N, 8), torch.randint(0, L, (N,))
+
+
+def told() -> str:
+    return " ".join(str(elmo.last_report()).split())
+
+
+def test_a_later_graph_that_receives_them() -> None:
+    run = torch.compile(Broken(), backend="elmo", options=OPTIONS)
+    for _ in range(3):
+        run(*batch()).backward()
+    match = next(m for m in elmo.last_report().matches if m.loss == "linear")
+    assert sum(match.made.values()) == 3
+    assert "of logits were made all the same, 3 times" in told()
+    assert "would hold" in told()
+    assert "Dynamo compiled apart received them (remedy: compute the loss in the graph" in told()
+    assert "torch._dynamo.graph_break()" in match.graph_break
+
+
+def test_explain_names_the_line_where_the_graph_ends() -> None:
+    report = elmo.explain(Broken(), *batch(), options=OPTIONS)
+    text = " ".join(str(report).split())
+    assert "unless something makes the logits" in text
+    assert "the graph ends between head and loss, at" in text
+    assert "test_made.py" in report.matches[0].graph_break
+
+
+def test_an_operation_that_reads_them() -> None:
+    model: Any = torch.compile(nn.Linear(8, L), backend="elmo", options=OPTIONS)
+    x, y = batch()
+    z = model(x)
+    F.cross_entropy(z, y)
+    assert z.argmax(-1).shape == (N,)
+    assert "made all the same" not in told()
+    z.sort()
+    z.exp()
+    earlier = " ".join(str(elmo.reports()[0]).split())
+    assert "made all the same, 1 time:" in earlier
+    assert "`sort` read them at" in earlier
+    assert "z.sort()" in earlier
+    assert "the deferred logits of the head" in told()
+
+
+def test_an_excluded_head(tmp_path: Any) -> None:
+    model = nn.Linear(8, L)
+    elmo.exclude(model)
+    torch.compile(model, backend="elmo", options=OPTIONS)(batch()[0])
+    assert "excluded with elmo_compile.exclude" in told()
+    ledger = (elmo.last_report().dump(tmp_path) / "ledger.json").read_text()
+    assert "excluded with" in ledger
+
+
+def test_reasons_are_bounded() -> None:
+    made = Made()
+    for number in range(100):
+        made.count(str(number % 50))
+    assert len(made) == 9
+    assert sum(made.values()) == 100
