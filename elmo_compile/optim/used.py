@@ -38,17 +38,17 @@ class Used:
         if before is None or not owner.pending:
             return
         now = self._read(group)
-        for name in self._names:
-            if before[name] != now[name]:
+        for name in before:
+            if before[name] != now.get(name):
                 raise FusedUpdateError(
                     f"{name} of the head weight {owner.name} was {before[name]} in backward(), "
-                    f"which updated it, and is {now[name]} in opt.step(), which updates the rest. "
+                    f"which updated it, and is {now.get(name)} in opt.step(), which updates the rest. "
                     "Change it before backward() (schedulers: after opt.step()), or construct the "
                     "optimizer with update_at='step'"
                 )
 
     def _read(self, group: Group) -> Group:
-        return {name: _comparable(group[name]) for name in self._names}
+        return {name: _comparable(group[name]) for name in self._names if name in group}
 
 
 def _comparable(value: Any) -> Any:
