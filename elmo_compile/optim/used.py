@@ -42,7 +42,7 @@ class Used:
             if before[name] != now.get(name):
                 raise FusedUpdateError(
                     f"{name} of the head weight {owner.name} was {before[name]} in backward(), "
-                    f"which updated it, and is {now.get(name)} in opt.step(), which updates the rest. "
+                    f"which updated it, and is {now.get(name)} in opt.step(), for the rest. "
                     "Change it before backward() (schedulers: after opt.step()), or construct the "
                     "optimizer with update_at='step'"
                 )
