@@ -230,8 +230,8 @@ class HeadOptimizer(torch.optim.Optimizer):
             version = group.get("rounding_version")
             if version is None:
                 raise OptionError(
-                    "this is no state of an optimizer of elmo_compile.optim (of torch.optim? "
-                    "its moments are kept otherwise). Begin with a new one"
+                    "this state has no rounding_version: it is not of an elmo_compile.optim optimizer "
+                    "(torch.optim's? moments are kept otherwise there). Begin with a new one"
                 )
             if version != ROUNDING_VERSION:
                 raise OptionError(

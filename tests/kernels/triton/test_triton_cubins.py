@@ -54,7 +54,7 @@ def check(case: Case, kernels: list[dict[str, Any]]) -> None:
     }
     names = (
         PRODUCTS
-        | {"records_kernel"}
+        | {"records_kernel", "scale_kernel"}
         | ({"parameters_kernel"} if case.update != "kahan rows" else set())
     )
     if case.stored in ("bf16", "fp8"):
