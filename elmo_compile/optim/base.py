@@ -230,7 +230,7 @@ class HeadOptimizer(torch.optim.Optimizer):
             version = group.get("rounding_version")
             if version is None:
                 raise OptionError(
-                    "this state has no rounding_version: it is not of an elmo_compile.optim optimizer "
+                    "this state has no rounding_version, so it is no elmo_compile.optim optimizer's "
                     "(torch.optim's? moments are kept otherwise there). Begin with a new one"
                 )
             if version != ROUNDING_VERSION:
