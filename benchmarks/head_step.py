@@ -1,7 +1,7 @@
 """One head step (loss, dx, SGD on the head) on a CPU, side by side with what else can do it.
 
-Contenders run in turn within each round, and are compared in CPU-seconds, as medians and as ratios
-to the floor: the three bare matrix products of a step, in the same dtype, chunked, at their best
+Contenders run in turn within each round, twice, of which the second is timed, and are compared in
+CPU-seconds, as medians and as ratios to the floor: the three bare matrix products of a step, in the same dtype, chunked, at their best
 layout, in the same run. Memory is the growth of peak resident bytes during one step, each contender
 in a process of its own. `--quick` takes a few minutes on two cores, the full run most of an hour.
 
@@ -352,6 +352,7 @@ def measure(case: Case, rounds: int, only: str | None, memory: bool) -> list[dic
         for name, step in steps.items():
             if wall[name] and wall[name][0] > SLOW_SECONDS:
                 continue
+            step()  # as in training: memory that the step before has freed is at hand
             cpu_start, wall_start = time.process_time(), time.perf_counter()
             step()
             cpu[name].append(time.process_time() - cpu_start)

@@ -230,7 +230,7 @@ class HeadOptimizer(torch.optim.Optimizer):
             version = group.get("rounding_version")
             if version is None:
                 raise OptionError(
-                    "this state has no rounding_version, so it is no elmo_compile.optim optimizer's "
+                    "this state has no rounding_version, so it is none of elmo_compile.optim "
                     "(torch.optim's? moments are kept otherwise there). Begin with a new one"
                 )
             if version != ROUNDING_VERSION:
