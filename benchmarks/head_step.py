@@ -1,9 +1,10 @@
 """One head step (loss, dx, SGD on the head) on a CPU, side by side with what else can do it.
 
 Contenders run in turn within each round, twice, of which the second is timed, and are compared in
-CPU-seconds, as medians and as ratios to the floor: the three bare matrix products of a step, in the same dtype, chunked, at their best
-layout, in the same run. Memory is the growth of peak resident bytes during one step, each contender
-in a process of its own. `--quick` takes a few minutes on two cores, the full run most of an hour.
+CPU-seconds, as medians and as ratios to the floor: the three bare matrix products of a step, in the
+same dtype, chunked, at their best layout, in the same run. Memory is the growth of peak resident
+bytes during one step, each contender in a process of its own. `--quick` takes a few minutes on two
+cores, the full run most of an hour.
 
     python benchmarks/head_step.py --quick --json benchmarks/results/head_step_quick.json
 
