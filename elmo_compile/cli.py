@@ -186,7 +186,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     console = Console(width=100)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     result = bench.run(case)
-    threads = f", {arguments.threads} threads" if case.device == "cpu" else ""
+    plural = "s" if arguments.threads > 1 else ""
+    threads = f", {arguments.threads} thread{plural}" if case.device == "cpu" else ""
     title = (
         f"One step of a head: {arguments.loss}, N={case.rows} D={case.features} L={case.outputs}, "
         f"{str(case.dtype).removeprefix('torch.')}{threads}; median of {case.rounds}"

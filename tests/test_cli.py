@@ -91,7 +91,7 @@ def test_bench_says_what_it_timed_and_beside_what(capsys, monkeypatch, busy):
     finally:
         torch.set_num_threads(threads)
     printed = capsys.readouterr().out
-    assert "bce, N=8 D=16 L=512, bfloat16, 1 threads; median of 1" in " ".join(printed.split())
+    assert "bce, N=8 D=16 L=512, bfloat16, 1 thread; median of 1" in " ".join(printed.split())
     assert ("other work was running (load 1.5)" in printed) is busy
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,13 +42,13 @@ def test_large_tensors_ask(size: int) -> None:
 
 
 @linux
-def test_advice_stays_within_the_tensor() -> None:
+def test_advice_stays_within_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        host_memory, "_madvise", lambda: lambda first, length, _: asked.append((first, length))
+    )
     for offset in (0, 1, 4095):
-        with pytest.MonkeyPatch.context() as patch:
-            call = lambda first, length, _: asked.append((first, length))  # noqa: E731
-            patch.setattr(host_memory, "_madvise", lambda call=call: call)
-            host_memory._ask_for_huge_pages((1 << 40) + offset, 3 * 4096)
+        host_memory._ask_for_huge_pages((1 << 40) + offset, 3 * 4096)
     page = host_memory.mmap.PAGESIZE
     for (first, length), offset in zip(asked, (0, 1, 4095), strict=True):
         assert first % page == 0
@@ -71,7 +72,7 @@ def test_small_ones_and_refused_advice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @linux
 @pytest.mark.parametrize("loss", ["bce", "ce", "hinge"])
-def test_a_weight_gradient_lies_in_them(loss: str) -> None:
+def test_a_weight_gradient_lies_in_them(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     head = torch.nn.Linear(64, 40_000)
 
@@ -88,15 +89,14 @@ def test_a_weight_gradient_lies_in_them(loss: str) -> None:
     seen: list[set[str]] = []
     make = host_memory.empty
 
-    def watched(*args: object) -> torch.Tensor:
-        made = make(*args)  # type: ignore[arg-type]
+    def watched(*args: Any) -> torch.Tensor:
+        made = make(*args)
         if made.numel() >= head.weight.numel():
             seen.append(flags_at(made.data_ptr() + made.nbytes // 2))
         return made
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host_memory, "empty", watched)
-        step(torch.randn(128, 64), torch.randint(40_000, (128,))).backward()
+    monkeypatch.setattr(host_memory, "empty", watched)
+    step(torch.randn(128, 64), torch.randint(40_000, (128,))).backward()
     assert head.weight.grad is not None
     assert seen
     assert all("hg" in flags for flags in seen)

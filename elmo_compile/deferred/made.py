@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import re
 import sys
+from types import FrameType
 
 _LIBRARY = re.compile(r"[/\\](torch|elmo_compile)[/\\]")
 _KEPT = 8
@@ -29,9 +30,9 @@ class Made(dict[str, int]):
 
 def read_by(operation: str) -> str:
     """The reason for an operation that needs the values, with the user's line."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and _LIBRARY.search(frame.f_code.co_filename):
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     where = ""
     if frame is not None:
         file, line = frame.f_code.co_filename, frame.f_lineno

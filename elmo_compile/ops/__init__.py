@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+
+_OPS = (
+    "at_once",
+    "cut",
+    "fused",
+    "fused_program",
+    "head_loss",
+    "head_program",
+    "in_range",
+    "linear",
+    "multi_hot",
+    "scale",
+)
+
 
 def load() -> None:
     """Register every op of this package with torch."""
-    from elmo_compile.ops import (
-        at_once,
-        cut,
-        fused,
-        fused_program,
-        head_loss,
-        head_program,
-        in_range,
-        linear,
-        multi_hot,
-        scale,
-    )
-
-    del (
-        at_once,
-        cut,
-        fused,
-        fused_program,
-        head_loss,
-        head_program,
-        in_range,
-        linear,
-        multi_hot,
-        scale,
-    )
+    for name in _OPS:
+        importlib.import_module(f"{__name__}.{name}")

@@ -13,16 +13,16 @@ from elmo_compile.errors import InputError
 
 
 @torch.library.custom_op(
-    "elmo::in_range", mutates_args=(), schema="(Tensor numbers, int lowest, int end) -> Tensor"
+    "elmo::in_range", mutates_args=(), schema="(Tensor numbers, int end) -> Tensor"
 )
-def in_range(numbers: Tensor, lowest: int, end: int) -> Tensor:
-    """A copy of integers of any shape, all in [lowest, end)."""
-    check_numbers(numbers, lowest, end)
+def in_range(numbers: Tensor, end: int) -> Tensor:
+    """A copy of integers of any shape, all in [0, end)."""
+    check_numbers(numbers, 0, end)
     return numbers.clone()
 
 
 @in_range.register_fake
-def _(numbers: Tensor, lowest: int, end: int) -> Tensor:
+def _(numbers: Tensor, end: int) -> Tensor:
     return torch.empty_like(numbers)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from elmo_compile.errors import FusedUpdateError
 from elmo_compile.ops.owners import Owner
+from elmo_compile.optim.options import HOW
 
 Group = dict[str, Any]
 
@@ -17,8 +18,8 @@ class Used:
     """What each head's group said when the head was first updated in this step."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        """names: hyper-parameters of a group."""
-        self._names = [name for name in names if name != "kahan_rows"]
+        """names: what a group may say; of it, what an update is made from is compared."""
+        self._names = set(names) - {*HOW, "kahan_rows"}
         self._by_head: dict[int, Group] = {}
 
     def note(self, owner: Owner, group: Group) -> None:

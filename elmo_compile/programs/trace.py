@@ -128,7 +128,7 @@ class _Rerun(fx.Interpreter):
             # Decomposed, it is a comparison with 0, 1, ..., which takes any number.
             numbers, *end = self.fetch_args_kwargs_from_env(n)[0]
             if end and end[0] >= 0:
-                numbers = in_range(numbers, 0, end[0])
+                numbers = in_range(numbers, end[0])
             return aten.one_hot.default(numbers, *end)
         if _leads_to_product(n, self.known):
             return None

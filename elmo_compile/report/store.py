@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -70,12 +71,14 @@ def last_report() -> Report:
     with _lock:
         found = [entry.report for entry in _entries]
     last = found.pop() if found else Report()
-    notes = tuple(_made(match) for report in found for match in report.matches if match.made)
+    made = (match for report in reversed(found) for match in report.matches if match.made)
+    notes = tuple(map(_made, itertools.islice(made, 1)))
     return _with_updates(dataclasses.replace(last, notes=notes) if notes else last)
 
 
 def _made(match: Match) -> str:
-    """Of a head in another report, whose logits the last one may be about: a loss of them."""
+    """Of the last head in another report whose logits were made: the last one may be of a loss of
+    them."""
     where = f" at {match.source}" if match.source else ""
     return (
         f"another report (elmo_compile.reports()): the deferred logits of the head{where} were "

@@ -102,6 +102,14 @@ def test_a_rate_that_changes_between_backward_and_step_raises(name: str) -> None
     train(step, opt, 1)
 
 
+def test_what_no_update_is_made_from_may_change() -> None:
+    model = net()
+    step, opt = owned(model)
+    step(*batch()).backward()
+    opt.param_groups[0].update(nonfinite="skip", micro_batches=4)
+    opt.step()
+
+
 @pytest.mark.parametrize("what", ["at the step", "not fused", "no backward"])
 def test_a_rate_may_change_before_a_step_that_reads_it(what: str) -> None:
     model = net()
