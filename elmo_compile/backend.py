@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from elmo_compile.planner import Plan
 from elmo_compile.report.records import Code, Match, Refusal, Section
 from elmo_compile.report.store import record, tell_updates
 from elmo_compile.runtime import CompiledGraph, give_name
+
+_log = logging.getLogger("elmo_compile")
 
 
 def elmo_backend(
@@ -77,13 +80,24 @@ def _compile(
     _note_left(analysis, example_inputs)
     if chosen.strict and analysis.refusals:
         raise NotRewritten(strict_message(analysis.refusals))
+    name = _name()
     if not _needs_runtime(analysis):
-        record(_untouched(_name(), gm, analysis, chosen))
+        _tell(_untouched(name, gm, analysis, chosen))
         return lower(gm, example_inputs, chosen)
+    _log.info("graph %s: compiling, %d head(s) rewritten", name, len(analysis.heads))
     compiled = CompiledGraph(analysis, example_inputs, chosen)
     compiled.compile_first(example_inputs)
-    record(section(_name(), gm, compiled, example_inputs))
+    _tell(section(name, gm, compiled, example_inputs))
     return compiled
+
+
+def _tell(section: Section) -> None:
+    """Keep a graph's report, and log its heads, a line each."""
+    record(section)
+    for match in section.matches:
+        _log.info("graph %s: %s", section.name, match)
+    for refusal in section.refusals:
+        _log.info("graph %s: left as it was: %s", section.name, refusal)
 
 
 def _note_left(analysis: Analysis, inputs: Sequence[Any]) -> None:

@@ -77,6 +77,11 @@ def train(options: argparse.Namespace, console: Console) -> None:
     settings = settings_of(options)
     data = load(options.data, options.limit)
     steps = steps_per_epoch(settings, len(data.train))
+    console.print(
+        f"{len(data.train)} points, {len(data.label_names)} labels; the head's weight is "
+        f"{settings.head_dtype}; scores after each epoch are of {len(data.test)} other points",
+        highlight=False,
+    )
     trainer = Trainer(settings, data, total_steps=settings.epochs * steps)
     position = Position()
     if options.resume:
@@ -144,6 +149,8 @@ def run_epoch(
         task = bar.add_task(name, total=total, completed=position.step, loss=float("nan"))
         for batch in batches(data.train, order, settings.batch_size):
             loss = trainer.step(batch)
+            if position.epoch == position.step == 0:
+                say_what_was_compiled(settings, time.process_time() - begun, console)
             position.step, taken = position.step + 1, taken + 1
             position.loss_sum += loss * len(batch.offsets)
             position.points += len(batch.offsets)
@@ -152,6 +159,13 @@ def run_epoch(
                 break
     position.cpu_seconds += time.process_time() - begun
     return taken
+
+
+def say_what_was_compiled(settings: Settings, cpu_seconds: float, console: Console) -> None:
+    """After the first step: what the backend did to the head, and how long it took."""
+    if settings.backend == "elmo":
+        for match in elmo.last_report().matches:
+            console.print(f"{match} [compiled in {cpu_seconds:.0f} s]", markup=False)
 
 
 def predict(options: argparse.Namespace, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import textwrap
@@ -65,6 +66,20 @@ def test_options_as_dict_and_as_record(options):
     step = torch.compile(loss, backend=lambda gm, inputs: elmo_backend(gm, inputs, options=options))
     step(features(), weight(), classes())
     assert len(elmo.last_report().matches) == 1
+
+
+def test_compilations_are_logged_as_they_happen(caplog):
+    def sorted_logits(x, w):
+        return F.linear(x, w).sort(-1).values.sum()
+
+    with caplog.at_level(logging.INFO, "elmo_compile"):
+        compiled(loss)(features(), weight(), classes())
+        compiled(sorted_logits)(features(), weight())
+    told = [record.getMessage() for record in caplog.records]
+    assert "compiling, 1 head(s) rewritten" in told[0]
+    assert f"cross_entropy of {L} outputs" in told[1]
+    assert "left as it was" in told[-1]
+    assert "sort" in told[-1]
 
 
 def test_unknown_option_is_our_error_and_names_the_nearest():

@@ -102,6 +102,24 @@ class Match:
     notes: tuple[str, ...] = ()
     """Sentences: why the update is not fused, what the plan could not meet."""
 
+    @property
+    def update(self) -> str:
+        """How the weight changes: "by gradient" (no fused update), or when and where."""
+        if not self.fused_update:
+            return "by gradient"
+        return "in opt.step()" if self.at_step else "in backward"
+
+    def __str__(self) -> str:
+        """One line."""
+        name = f"{self.name}: " if self.name else ""
+        parts = [
+            f"{name}{self.loss} of {self.num_outputs} outputs",
+            f"in chunks of {self.chunk_size}",
+            f"weight updated {self.update}",
+            *(["logits deferred"] if self.deferred else []),
+        ]
+        return ", ".join(parts) + (f" ({self.source})" if self.source else "")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:

@@ -109,15 +109,9 @@ def _heads(matches: tuple[Match, ...]) -> Table:
             dtype_name(match.compute_dtype),
             str(match.chunk_size),
             str(match.products),
-            _update(match),
+            match.update,
         )
     return table
-
-
-def _update(match: Match) -> str:
-    if not match.fused_update:
-        return "by gradient"
-    return "in opt.step()" if match.at_step else "in backward"
 
 
 def _summary(number: int, match: Match, plan: Plan) -> str:

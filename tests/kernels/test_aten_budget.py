@@ -206,6 +206,31 @@ def test_outputs_masked_by_an_infinite_bias() -> None:
     assert all(bool(t.isfinite().all()) for t in grads[:3])
 
 
+@pytest.mark.parametrize(
+    "levels",
+    [
+        (0, 70, 60, -500, 300, 301),
+        (-300, -200, -310, -90, -20, 50),
+        (80, 0, 200, -torch.inf, 100, 200),
+        (-torch.inf, -150, -torch.inf, -60, 3e4, -3e4),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_logits_that_leap_from_chunk_to_chunk(levels, dtype) -> None:
+    """Further than float32 holds exponentials, and than the maximum so far is good for; by row."""
+    p = problem("ce", chunk=10)
+    bias_L = torch.tensor(levels, dtype=torch.float32).repeat_interleave(10)[:53]
+    x_ND = p.x_ND.clone()
+    x_ND[::2] *= 4.0  # so that some rows leap further than others
+    target = torch.full((7,), 52)
+    p = replaced(p, x_ND=x_ND.to(dtype), w_LD=p.w_LD.to(dtype), b_L=bias_L, target=target)
+    p = replaced(p, compute_dtype=dtype)
+    expected = reference.forward(exact(p)).stats_2N.sum(0)
+    found = aten.forward(p).stats_2N.double().sum(0)
+    apart = {torch.bfloat16: 2e-2, torch.float32: 3e-6, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(found, expected, rtol=apart, atol=apart)
+
+
 def test_logits_of_twenty_do_not_lose_the_softmax() -> None:
     """A log-sum-exp in one float32, or from logits rounded in another order, errs twice as much."""
     ratios = []

@@ -194,6 +194,19 @@ def test_human_bytes(size, text):
     assert human_bytes(size) == text
 
 
+def test_match_as_one_line():
+    match = a_match(name="head.weight", deferred=True, chunk_size=4096)
+    assert str(match) == (
+        "head.weight: binary_cross_entropy_with_logits of 670091 outputs, in chunks of 4096, "
+        "weight updated in backward, logits deferred (train.py:12: loss = bce(z, y))"
+    )
+    plain = a_match(fused_update=False, source="", chunk_size=4096)
+    assert str(plain) == (
+        "binary_cross_entropy_with_logits of 670091 outputs, in chunks of 4096, "
+        "weight updated by gradient"
+    )
+
+
 def test_refusal_as_one_line():
     assert str(a_refusal()) == (
         "[logits-escape] linear_3 at model.py:7: return logits: the logits are returned; "

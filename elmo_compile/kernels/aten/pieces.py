@@ -82,16 +82,18 @@ def bce_dense_rows(z: Tensor, bias_C1: Tensor | None, y_CN: Tensor) -> tuple[Ten
     return (losses.bce_value(v, y_CN.to(v.dtype)).sum(0),)
 
 
-def row_exponentials(z: Tensor, bias_C1: Tensor | None, *, lanes: bool) -> tuple[Tensor, ...]:
-    """Largest logit `top` of each row and `sum_c e^(z - top)`; 0 for top in a row of -inf alone.
+def row_exponentials(
+    z: Tensor, bias_C1: Tensor | None, shift: Tensor, shift_odd: Tensor | None, *, lanes: bool
+) -> tuple[Tensor, ...]:
+    """Largest logit of each row, and `sum_c e^(z - shift)`, in one pass over z.
 
-    Returns the tops (of even and of odd rows for lanes), then the sums likewise.
+    Returns the largest (of even and of odd rows for lanes), then the sums likewise.
     """
     parts = _load(z, bias_C1, lanes)
     tops = [v.amax(0) for v in parts]
-    tops = [torch.where(top == -torch.inf, 0.0, top) for top in tops]
-    sums = [torch.exp(v - top).sum(0) for v, top in zip(parts, tops)]
-    return *tops, *sums
+    if lanes:
+        return *tops, *(_exp_for_bits(v - s).sum(0) for v, s in zip(parts, (shift, shift_odd)))
+    return *tops, torch.exp(parts[0] - shift).sum(0)
 
 
 def weighted_sums(
@@ -108,10 +110,12 @@ def cast_(out: Tensor, source: Tensor) -> None:
 
 
 def _exp_for_bits(v: Tensor) -> Tensor:
-    """`e^v`, for a result that is rounded on its bits, which reads it twice.
+    """`e^v` for logits of bf16, and for results that are rounded on their bits, which reads them
+    twice.
 
     Inductor keeps an `exp` or a `sigmoid` that is read twice in a buffer as large as the chunk, in
-    float32 (torch 2.13); not so `exp2`. Off by |v| 2^-24, relatively: for bf16 nothing.
+    float32 (torch 2.13); not so `exp2`, which is faster too. Off by |v| 2^-24, relatively: for bf16
+    nothing.
     """
     return torch.exp2(v * _LOG2_E)
 

@@ -18,6 +18,9 @@ from elmo_compile.numerics import losses
 
 _LONGEST_SUM_OF_FLOATS = 1024
 """Exponentials of float32 logits added in float32; sums of them are added in float64."""
+_FAR = 64.0
+"""How far a chunk's largest logit may be from what its exponentials are relative to: 4096 times e^64
+is far below float32's largest number, and e^-64 far above its smallest."""
 
 
 class BinaryRows:
@@ -71,7 +74,11 @@ class TargetScores:
 
 
 class SoftmaxRows:
-    """Streaming log-sum-exp: running maximum and sum of `e^(z - maximum)`."""
+    """Streaming log-sum-exp: running maximum and sum of `e^(z - maximum)`.
+
+    A chunk is read once: its exponentials are taken relative to the maximum so far, which is as
+    good as its own while that is no more than `_FAR` above, and else once more relative to its own.
+    """
 
     def __init__(self, head: Head) -> None:
         self._head, self._loss = head, head.loss
@@ -90,18 +97,30 @@ class SoftmaxRows:
         self._scores.add(z_CN, start, stop)
 
     def _add_exponentials(self, z_CN: Tensor, start: int, stop: int) -> None:
-        run = piece(pieces.row_exponentials, self._loss.fast, lanes=self._loss.lanes)
-        made = run(self._loss.words(z_CN), self._loss.bias(start, stop))
-        half = len(made) // 2
-        top_N = self._loss.join(made[:half]).double()
-        sum_N = self._loss.join(made[half:]).double()
-        # A maximum of -inf (masked outputs alone so far) keeps out of the exponents.
-        top_N = torch.where(sum_N == 0, -torch.inf, top_N)
+        # Before any logit, or after masked ones (-inf) alone, 0 is as good a guess as another.
+        shift_N = torch.where(self._top_N == -torch.inf, 0.0, self._top_N)
+        top_N, sum_N = self._exponentials(z_CN, start, stop, shift_N)
+        above_N = top_N - shift_N
+        far_N = above_N > _FAR
+        far_N |= (self._top_N == -torch.inf) & (above_N < -_FAR) & (top_N > -torch.inf)
+        if far_N.any():
+            shift_N = torch.where(far_N, top_N, shift_N)
+            top_N, sum_N = self._exponentials(z_CN, start, stop, shift_N)
         together_N = torch.maximum(self._top_N, top_N)
         safe_N = torch.where(together_N == -torch.inf, 0.0, together_N)
         self._sum_N = self._sum_N * torch.exp(self._top_N - safe_N)
-        self._sum_N += sum_N * torch.exp(top_N - safe_N)
+        self._sum_N += sum_N * torch.exp(shift_N - safe_N)
         self._top_N = together_N
+
+    def _exponentials(
+        self, z_CN: Tensor, start: int, stop: int, shift_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Largest logit of each row and sum of `e^(z - shift)`, float64."""
+        run = piece(pieces.row_exponentials, self._loss.fast, lanes=self._loss.lanes)
+        bias = self._loss.bias(start, stop)
+        made = run(self._loss.words(z_CN), bias, *self._loss.split(shift_N, 0.0))
+        half = len(made) // 2
+        return self._loss.join(made[:half]).double(), self._loss.join(made[half:]).double()
 
     def result(self) -> Forward:
         """Row losses and log-sum-exp."""
