@@ -165,7 +165,9 @@ def say_what_was_compiled(settings: Settings, cpu_seconds: float, console: Conso
     """After the first step: what the backend did to the head, and how long it took."""
     if settings.backend == "elmo":
         for match in elmo.last_report().matches:
-            console.print(f"{match} [compiled in {cpu_seconds:.0f} s]", markup=False)
+            console.print(
+                f"compiled in {cpu_seconds:.0f} s: {match}", markup=False, highlight=False
+            )
 
 
 def predict(options: argparse.Namespace, console: Console) -> None:

@@ -74,7 +74,8 @@ class TextClassifier(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Loss of a batch: binary cross entropy, summed over labels, mean over points."""
-        logits_NL = self.head(self.encode(batch))
+        features_ND = self.encode(batch)
+        logits_NL = self.head(features_ND)
         target_NL = elmo.multi_hot(
             batch.labels, self.head.out_features, offsets=batch.label_offsets
         )

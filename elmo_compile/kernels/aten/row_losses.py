@@ -19,8 +19,8 @@ from elmo_compile.numerics import losses
 _LONGEST_SUM_OF_FLOATS = 1024
 """Exponentials of float32 logits added in float32; sums of them are added in float64."""
 _FAR = 64.0
-"""How far a chunk's largest logit may be from what its exponentials are relative to: 4096 times e^64
-is far below float32's largest number, and e^-64 far above its smallest."""
+"""How far a chunk's largest logit may be from what its exponentials are relative to: 4096 times
+e^64 is far below float32's largest number, and e^-64 far above its smallest."""
 
 
 class BinaryRows:
