@@ -228,6 +228,7 @@ def described(cubin: Cubin, chip: int) -> dict[str, Any]:
         "loop": cubin.loop,
         "tensor_cores": bool(re.search(TENSOR_CORES[chip], cubin.ptx)),
         "atomics": bool(re.search(r"\b(atom|red)\.", cubin.ptx)),
+        "serialized": cubin.serialized,
     }
 
 

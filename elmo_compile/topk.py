@@ -15,7 +15,9 @@ WEIGHT_DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float64,
 )  # fmt: skip
 CHUNK = 8192
-"""Outputs scored at once."""
+"""Outputs scored at once on a CPU, and at least on CUDA."""
+_KEYS = 1 << 24
+"""Logits scored at once on CUDA, where each is a key of 8 bytes: few launches, 128 MiB."""
 
 
 class TopK(NamedTuple):
@@ -65,7 +67,14 @@ def topk(features: Tensor, weight: Tensor, k: int, *, bias: Tensor | None = None
     compute = default_compute_dtype(weight.dtype, "cuda" if weight.device.type == "cuda" else "cpu")
     rows = features.detach().reshape(-1, features.shape[-1])
     values, indices = kernels.select(weight.device).topk(
-        rows, weight.detach(), None if bias is None else bias.detach(), k, CHUNK, compute
-    )
+        rows, weight.detach(), None if bias is None else bias.detach(), k,
+        _chunk(rows.shape[0], weight.device), compute,
+    )  # fmt: skip
     shape = (*features.shape[:-1], k)
     return TopK(values.to(torch.float32).reshape(shape), indices.reshape(shape))
+
+
+def _chunk(rows: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return CHUNK
+    return max(CHUNK, _KEYS // max(1, rows))

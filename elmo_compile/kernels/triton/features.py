@@ -13,7 +13,7 @@ from torch import Tensor
 from elmo_compile.kernels.triton.configs import Tile, batch_block
 from elmo_compile.kernels.triton.device_math import ceil_div
 from elmo_compile.kernels.triton.launch import Call
-from elmo_compile.kernels.triton.product import product
+from elmo_compile.kernels.triton.product import product, whole_steps
 
 
 @triton.jit
@@ -120,7 +120,7 @@ class FeatureGradient:
             BLOCK_D=tile.columns,
             BLOCK_K=tile.inner,
             EVEN_D=D % tile.columns == 0,
-            EVEN_K=L % tile.inner == 0,
+            EVEN_K=whole_steps(L, tile.inner),
             num_warps=tile.warps,
             num_stages=tile.stages,
             **c.constants,

@@ -18,7 +18,7 @@ from elmo_compile.kernels.triton.device_math import (
     tile_sum,
 )
 from elmo_compile.kernels.triton.launch import Call, Targets, prepare_targets
-from elmo_compile.kernels.triton.product import logits_tile
+from elmo_compile.kernels.triton.product import logits_tile, whole_steps
 from elmo_compile.kernels.triton.storage import narrow
 from elmo_compile.kernels.triton.targets import bce_tile, class_hits, dense_tile
 from elmo_compile.numerics.losses import CE
@@ -185,7 +185,7 @@ class Gradient:
             BLOCK_L=tile.columns,
             BLOCK_N=self._block_n,
             BLOCK_K=tile.inner,
-            EVEN_K=D % tile.inner == 0,
+            EVEN_K=whole_steps(D, tile.inner),
             num_warps=tile.warps,
             num_stages=tile.stages,
             **self._targets.arguments(number, start),

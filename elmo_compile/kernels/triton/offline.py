@@ -63,6 +63,8 @@ class Cubin:
     """In the whole kernel."""
     loop: int
     """In its largest loop that holds no other."""
+    serialized: bool
+    """Whether Hopper's asynchronous products wait for one another: ptxas says so, and goes on."""
     ptx: str
 
 
@@ -124,6 +126,7 @@ def compile_launch(launch: Launch, chip: int) -> Cubin:
         warps=launch.options.get("num_warps", 4),
         instructions=instructions,
         loop=loop,
+        serialized=_serialized(compiled.asm["ptx"]),
         ptx=compiled.asm["ptx"],
     )
 
@@ -148,6 +151,20 @@ def _printed(tool: str, option: str, cubin: bytes) -> str:
         ).stdout
     finally:
         os.unlink(file.name)
+
+
+def _serialized(ptx: str) -> bool:
+    if "wgmma.mma_async" not in ptx:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(folder, "kernel.ptx")
+        with open(source, "w") as file:
+            file.write(ptx)
+        command = [triton.knobs.nvidia.ptxas.path, "--gpu-name", "sm_90a", "-v", source]
+        done = subprocess.run(
+            [*command, "-o", os.devnull], check=True, capture_output=True, text=True
+        )
+    return "serialized" in done.stdout + done.stderr
 
 
 def _counts(cubin: bytes) -> tuple[int, int]:

@@ -10,6 +10,11 @@ import triton.language as tl
 from elmo_compile.kernels.triton.storage import INTERPRETED, operand, widen
 
 
+def whole_steps(size: int, step: int) -> bool:
+    """Whether the loop over `size` takes whole steps, and any: its loads need no mask."""
+    return size > 0 and size % step == 0
+
+
 @triton.jit
 def _load(ptr, offsets, side_real, inner_real, SIDE_AXIS: tl.constexpr, EVEN_K: tl.constexpr):
     """A tile of an operand, masked only where it has to be; SIDE_AXIS is the one to expand at."""
@@ -49,14 +54,16 @@ def product(
     `*_row`, `*_inner`, `*_column` are strides. Rows are readable as they are (clamped by the
     caller) where `rows_real` is None, else only where it is true, and so for columns: clamping a
     direction of stride 1 would hide from the compiler that loads along it can be wide.
-    EVEN_K: BLOCK_K divides K. Hopper adds products of fp8 in fewer than float32's bits: what it
-    added is brought into float32 after each inner step.
+    EVEN_K: BLOCK_K divides K, which is not 0 (`whole_steps`). Hopper adds products of fp8 in fewer
+    than float32's bits: what it added is brought into float32 after each inner step.
     """
     inner = tl.arange(0, BLOCK_K)
     a_offsets = rows_M[:, None] * a_row + inner[None, :] * a_inner
     b_offsets = inner[:, None] * b_inner + columns_N[None, :] * b_column
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-    for k in range(0, K, BLOCK_K):
+    # At least once, which the compiler must see: around a loop that may not run, ptxas serializes
+    # Hopper's products (Triton 3.6). For K = 0 nothing is loaded.
+    for k in range(0, tl.maximum(K, 1), BLOCK_K):
         a = _load(a_ptr, a_offsets, rows_real, inner < K - k, 1, EVEN_K)
         b = _load(b_ptr, b_offsets, columns_real, inner < K - k, 0, EVEN_K)
         acc = tl.dot(

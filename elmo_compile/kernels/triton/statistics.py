@@ -13,7 +13,7 @@ from torch import Tensor
 from elmo_compile.kernels.triton.configs import batch_block
 from elmo_compile.kernels.triton.device_math import ceil_div, exp, tile_max, tile_sum
 from elmo_compile.kernels.triton.launch import Call, prepare_targets
-from elmo_compile.kernels.triton.product import logits_tile
+from elmo_compile.kernels.triton.product import logits_tile, whole_steps
 from elmo_compile.kernels.triton.targets import bce_tile, class_hits, dense_tile
 from elmo_compile.numerics.losses import two_parts
 
@@ -146,7 +146,7 @@ def _geometry(c: Call) -> tuple[int, int, int, dict]:
         "BLOCK_L": tile.columns,
         "BLOCK_N": block_n,
         "BLOCK_K": tile.inner,
-        "EVEN_K": D % tile.inner == 0,
+        "EVEN_K": whole_steps(D, tile.inner),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **c.constants,

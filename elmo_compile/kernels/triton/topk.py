@@ -16,7 +16,7 @@ from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.kernels.triton.configs import batch_block
 from elmo_compile.kernels.triton.device_math import ceil_div
 from elmo_compile.kernels.triton.launch import Call, prepare
-from elmo_compile.kernels.triton.product import logits_tile
+from elmo_compile.kernels.triton.product import logits_tile, whole_steps
 from elmo_compile.numerics.losses import CE, LossSpec
 
 _LOW = 0xFFFFFFFF
@@ -83,7 +83,7 @@ def _keys(c: Call, keys_NL: Tensor, start: int, stop: int) -> None:
         BLOCK_L=tile.columns,
         BLOCK_N=block_n,
         BLOCK_K=tile.inner,
-        EVEN_K=D % tile.inner == 0,
+        EVEN_K=whole_steps(D, tile.inner),
         num_warps=tile.warps,
         num_stages=tile.stages,
         **c.constants,
@@ -131,7 +131,8 @@ def topk(
         best_NK = x_ND.new_empty((N, 0), dtype=torch.int64)
         for _, start, stop in c.chunks():
             _keys(c, keys_NL, start, stop)
-            candidates = torch.cat((best_NK, keys_NL[:, : stop - start]), 1)
+            found_NK = keys_NL[:, : stop - start].topk(min(k, stop - start), dim=1).values
+            candidates = torch.cat((best_NK, found_NK), 1)
             best_NK = candidates.topk(min(k, candidates.shape[1]), dim=1).values
         order_NK = (best_NK >> 32).to(torch.int32)
         bits_NK = torch.where(order_NK < 0, order_NK ^ 0x7FFFFFFF, order_NK)

@@ -13,7 +13,7 @@ from elmo_compile.kernels.factor import GramFactor
 from elmo_compile.kernels.triton.configs import Tile
 from elmo_compile.kernels.triton.device_math import ceil_div, tile_sum
 from elmo_compile.kernels.triton.launch import Call
-from elmo_compile.kernels.triton.product import gradient_tile
+from elmo_compile.kernels.triton.product import gradient_tile, whole_steps
 from elmo_compile.kernels.triton.storage import narrow, widen
 
 
@@ -106,7 +106,7 @@ class WeightGradient:
             "BLOCK_D": tile.columns,
             "BLOCK_K": tile.inner,
             "EVEN_D": D % tile.columns == 0,
-            "EVEN_K": N % tile.inner == 0,
+            "EVEN_K": whole_steps(N, tile.inner),
             "num_warps": tile.warps,
             "num_stages": tile.stages,
             **c.constants,

@@ -67,6 +67,7 @@ def check(case: Case, kernels: list[dict[str, Any]]) -> None:
         assert kernel["shared"] <= SHARED_LIMIT[case.chip], kernel
         assert kernel["spilled"] == 0, kernel
         assert not kernel["atomics"], kernel
+        assert not kernel["serialized"], kernel
         if case.compute != "fp32" and kernel["kernel"] in PRODUCTS:
             assert kernel["tensor_cores"], kernel
 
