@@ -91,9 +91,9 @@ def row_exponentials(
     """
     parts = _load(z, bias_C1, lanes)
     tops = [v.amax(0) for v in parts]
-    if lanes:
-        return *tops, *(_exp_for_bits(v - s).sum(0) for v, s in zip(parts, (shift, shift_odd)))
-    return *tops, torch.exp(parts[0] - shift).sum(0)
+    if shift_odd is None:
+        return *tops, torch.exp(parts[0] - shift).sum(0)
+    return *tops, *(_exp_for_bits(v - s).sum(0) for v, s in zip(parts, (shift, shift_odd)))
 
 
 def weighted_sums(
