@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import hashlib
+import inspect
+import itertools
 import math
 import re
+import textwrap
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from elmo_compile.errors import OptionError
 
+_T = TypeVar("_T")
 Lower = Literal["inductor", "eager"]
 LossValue = Literal["auto", "exact", "deferred"]
 
@@ -30,6 +35,25 @@ for _power, _letter in enumerate("KMGT", start=1):
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
 
 
+def _with_field_docs(cls: type[_T]) -> type[_T]:
+    """Add the string under each field to the class's own, where `help` shows it."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    except OSError:  # installed without its source
+        return cls
+    assert isinstance(tree, ast.ClassDef)
+    lines = [inspect.cleandoc(cls.__doc__ or ""), "", "Fields:"]
+    for field, text in itertools.pairwise(tree.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            assert isinstance(text.value, ast.Constant)
+            words = " ".join(str(text.value.value).split())
+            lines.append(f"    {ast.unparse(field.target)} ({ast.unparse(field.annotation)}):")
+            lines += textwrap.wrap(words, 88, initial_indent=8 * " ", subsequent_indent=8 * " ")
+    cls.__doc__ = "\n".join(lines)
+    return cls
+
+
+@_with_field_docs
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """What `torch.compile(model, backend="elmo", options=...)` accepts.

@@ -37,6 +37,7 @@ aten = torch.ops.aten
 _SAME_LOGITS = frozenset(
     {"float", "to", "double", "bfloat16", "half", "view", "reshape", "contiguous", "flatten"}
 )
+"""Methods that cast or view; none does anything else under autocast."""
 _SAME_ROWS = frozenset(
     {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.contiguous.default,
      aten.clone.default, aten.alias.default, aten.to.dtype, aten.flatten.using_ints}
@@ -129,7 +130,8 @@ def _slice(region: Region, node: fx.Node) -> _Slice | None:
     nodes = tuple(n for n in region.nodes if n in needed)
     inputs = tuple(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in needed))
     states = autocast_states(region.site.graph, ambient_autocast())
-    same_modes = len({states[n] for n in nodes}) == 1
+    # Accelerate casts what a model under autocast returns, outside of it.
+    same_modes = len({states[n] for n in nodes if n.target not in _SAME_LOGITS}) == 1
     movable = all(isinstance(value_of(n), torch.Tensor | torch.SymInt | int) for n in inputs)
     # Elements that are compared with a matrix of targets are no logits: that loss is refused.
     movable = movable and not any(_as_large(n, tensor) for n in inputs)

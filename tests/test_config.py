@@ -28,6 +28,13 @@ def test_defaults_are_valid_and_frozen():
         Options(1)  # type: ignore[misc]
 
 
+def test_help_explains_every_field():
+    text = inspect.getdoc(Options)
+    for field in dataclasses.fields(Options):
+        assert f"    {field.name} (" in text
+    assert "A head with fewer outputs (last dimension of the logits) is left alone" in text
+
+
 def test_every_field_says_what_it_is():
     body = inspect.getsource(config).split("class Options")[1].split("def __post_init__")[0]
     for field in dataclasses.fields(Options):

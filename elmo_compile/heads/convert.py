@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from elmo_compile.config import Options
 from elmo_compile.errors import ElmoError, OptionError
 from elmo_compile.heads.low_precision import STORAGE_DTYPES, LowPrecisionLinear
 from elmo_compile.numerics.philox import CONVERSION
@@ -22,6 +23,7 @@ M = TypeVar("M", bound=nn.Module)
 _BLOCK = 1 << 22
 _log = logging.getLogger("elmo_compile")
 _EXCLUSION = "_elmo_exclusion"
+_TIED = "a weight that is also looked up cannot be stored in a narrow type; give the head its own"
 
 
 def convert_head(
@@ -62,6 +64,8 @@ def convert_head(
     if init not in ("keep", "zeros"):
         raise OptionError(f"convert_head: init={init!r}; accepted: 'keep', 'zeros'")
     path, head = find_head(model, name)
+    if name is None:
+        _check_no_table_is_the_head(model, path, head.out_features)
     _check_convertible(model, path, head)
     new = LowPrecisionLinear.of(head, dtype)
     with torch.no_grad():
@@ -136,8 +140,11 @@ def find_head(
     linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     if name is not None:
         if name not in linears:
+            table = name in dict(_embeddings(model))
+            why = f" ({name!r} is an embedding: {_TIED})" if table else ""
             raise OptionError(
-                f"{who}: no nn.Linear is called {name!r}; there are: {sorted(linears) or 'none'}"
+                f"{who}: no nn.Linear is called {name!r}{why}; there are: "
+                f"{sorted(linears) or 'none'}"
             )
         return name, linears[name]
     if not linears:
@@ -147,6 +154,25 @@ def find_head(
     if len(rivals) > 1:
         raise ElmoError(f"{who}: {rivals} have equally many outputs; say which with name=")
     return path, linears[path]
+
+
+def _embeddings(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Name and rows of each embedding."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            yield path, module.num_embeddings
+
+
+def _check_no_table_is_the_head(model: nn.Module, path: str, outputs: int) -> None:
+    """Raise ElmoError where the largest layer is no head, and an embedding may well be."""
+    least = Options().min_outputs
+    larger = [(table, rows) for table, rows in _embeddings(model) if rows >= least > outputs]
+    if larger:
+        raise ElmoError(
+            f"convert_head: the largest nn.Linear, {path!r}, has {outputs} outputs, the embedding "
+            f"{larger[0][0]!r} {larger[0][1]} rows. If that is the head, it is tied: {_TIED}. If "
+            f"{path!r} is meant, say name={path!r}"
+        )
 
 
 def _check_convertible(model: nn.Module, path: str, head: nn.Linear) -> None:

@@ -202,3 +202,7 @@ class Report:
         from elmo_compile.report.render import render
 
         return render(self)
+
+    def __repr__(self) -> str:
+        """The same: what a notebook shows."""
+        return str(self)

@@ -332,6 +332,30 @@ def test_under_autocast() -> None:
     assert torch.equal(z + 0, plain)
 
 
+def test_cast_after_autocast() -> None:
+    """As accelerate does with what a model returns."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model: Any = Net()
+
+    def cast(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z: Tensor = model(x)
+        return z.float()
+
+    x, y = torch.randn(N, 8), torch.randint(0, L, (N,))
+    z, plain = torch.compile(cast, backend="elmo", options=OPTIONS)(x), cast(x)
+    assert isinstance(z, Deferred)
+    assert z.dtype == torch.float32
+    grads = []
+    for logits in (z, plain):
+        model.zero_grad()
+        F.cross_entropy(logits, y).backward()
+        grads.append(model.head.weight.grad.clone())
+    torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-4)
+    assert torch.equal(z + 0, plain)
+
+
 def test_an_excluded_head_returns_ordinary_logits() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -169,6 +169,10 @@ def test_conversion_refuses() -> None:
     refused("no nn.Linear", nn.ReLU())
     refused("equally many", nn.ModuleList([nn.Linear(2, 9), nn.Linear(3, 9)]))
     refused("tied", Tied())
+    by_table = nn.ModuleDict({"item": nn.Embedding(20_000, 4), "mlp": nn.Linear(4, 8)})
+    refused("'mlp', has 8 outputs, the embedding 'item' 20000 rows", by_table)
+    refused("'item' is an embedding", by_table, OptionError, name="item")
+    assert elmo.convert_head(by_table, FP8, name="mlp")["mlp"].weight.dtype == FP8
     refused("converted already", elmo.convert_head(net(), FP8))
     parametrised = net()
     nn.utils.parametrizations.weight_norm(parametrised.head)

@@ -312,6 +312,27 @@ def test_trainer(tmp_path: Path) -> None:
     assert {m.loss for r in elmo.reports() for m in r.matches} == {"cross_entropy"}
 
 
+def test_trainer_under_bf16_autocast(tmp_path: Path) -> None:
+    """accelerate casts what the model returns to float32, outside of its autocast."""
+    arguments = T.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=2, bf16=True,
+        torch_compile=True, torch_compile_backend="elmo", report_to=[], use_cpu=True,
+        logging_steps=1, save_strategy="no", disable_tqdm=True, max_grad_norm=0.0,
+    )  # fmt: skip
+    model = MODELS["LlamaForCausalLM"]()
+    optimizer = elmo.optim.SGD(model.parameters(), 1e-2)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    trainer = T.Trainer(
+        model=model, args=arguments, train_dataset=Rows(), optimizers=(optimizer, schedule)
+    )
+    trainer.train()
+    (match,) = elmo.last_report().matches
+    assert match.loss == "cross_entropy"
+    assert match.fused_update
+    assert match.deferred
+    assert not match.made
+
+
 @pytest.mark.parametrize("micro", [1, 2])
 def test_trainer_with_our_optimizer(tmp_path: Path, micro: int) -> None:
     """`Trainer(optimizers=...)`: scheduler, gradient accumulation and clipping by `max_norm`."""
