@@ -16,6 +16,15 @@ def whole_steps(size: int, step: int) -> bool:
 
 
 @triton.jit
+def at_least_one(K):
+    """K, for a loop that the compiler must see run: around one that may not, ptxas serializes
+    Hopper's products (of some kernels; a column of results/cubins.json tells). With K = 0 nothing
+    is loaded (`whole_steps`). Where it is not needed it costs registers.
+    """
+    return tl.maximum(K, 1)
+
+
+@triton.jit
 def _load(ptr, offsets, side_real, inner_real, SIDE_AXIS: tl.constexpr, EVEN_K: tl.constexpr):
     """A tile of an operand, masked only where it has to be; SIDE_AXIS is the one to expand at."""
     if side_real is None and EVEN_K:
@@ -61,9 +70,7 @@ def product(
     a_offsets = rows_M[:, None] * a_row + inner[None, :] * a_inner
     b_offsets = inner[:, None] * b_inner + columns_N[None, :] * b_column
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-    # At least once, which the compiler must see: around a loop that may not run, ptxas serializes
-    # Hopper's products (Triton 3.6). For K = 0 nothing is loaded.
-    for k in range(0, tl.maximum(K, 1), BLOCK_K):
+    for k in range(0, K, BLOCK_K):
         a = _load(a_ptr, a_offsets, rows_real, inner < K - k, 1, EVEN_K)
         b = _load(b_ptr, b_offsets, columns_real, inner < K - k, 0, EVEN_K)
         acc = tl.dot(
@@ -117,7 +124,7 @@ def logits_tile(
         None,
         outputs,
         None,
-        D,
+        at_least_one(D) if COMPUTE == tl.float16 else D,
         BLOCK_N,
         BLOCK_L,
         BLOCK_K,
@@ -153,7 +160,7 @@ def gradient_tile(
         None,
         tl.arange(0, BLOCK_D),
         None if EVEN_D else tl.arange(0, BLOCK_D) < D - d0,
-        N,
+        at_least_one(N),
         BLOCK_L,
         BLOCK_D,
         BLOCK_K,
