@@ -13,7 +13,7 @@ from torch import Tensor
 from elmo_compile.kernels.triton.configs import Tile, batch_block
 from elmo_compile.kernels.triton.device_math import ceil_div
 from elmo_compile.kernels.triton.launch import Call
-from elmo_compile.kernels.triton.product import at_least_one, product, whole_steps
+from elmo_compile.kernels.triton.product import product, whole_steps
 
 
 @triton.jit
@@ -54,13 +54,14 @@ def _features_kernel(
         None,
         columns,
         None if EVEN_D else columns < D - d0,
-        at_least_one(tl.minimum(outputs_each, L - first)),
+        tl.minimum(outputs_each, L - first),
         BLOCK_N,
         BLOCK_D,
         BLOCK_K,
         EVEN_K,
         COMPUTE,
         PRECISION,
+        RUNS=True,
     )
     sums = sums_ptr + (split.to(tl.int64) * N + n0) * D + d0
     offsets = rows[:, None] * D + columns[None, :]

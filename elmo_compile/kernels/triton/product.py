@@ -16,15 +16,6 @@ def whole_steps(size: int, step: int) -> bool:
 
 
 @triton.jit
-def at_least_one(K):
-    """K, for a loop that the compiler must see run: around one that may not, ptxas serializes
-    Hopper's products (of some kernels; a column of results/cubins.json tells). With K = 0 nothing
-    is loaded (`whole_steps`). Where it is not needed it costs registers.
-    """
-    return tl.maximum(K, 1)
-
-
-@triton.jit
 def _load(ptr, offsets, side_real, inner_real, SIDE_AXIS: tl.constexpr, EVEN_K: tl.constexpr):
     """A tile of an operand, masked only where it has to be; SIDE_AXIS is the one to expand at."""
     if side_real is None and EVEN_K:
@@ -57,6 +48,7 @@ def product(
     EVEN_K: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
+    RUNS: tl.constexpr = False,
 ):
     """float32 [M, N]: `sum_k A[rows[m], k] B[k, columns[n]]` over k in [0, K).
 
@@ -65,12 +57,18 @@ def product(
     direction of stride 1 would hide from the compiler that loads along it can be wide.
     EVEN_K: BLOCK_K divides K, which is not 0 (`whole_steps`). Hopper adds products of fp8 in fewer
     than float32's bits: what it added is brought into float32 after each inner step.
+    RUNS: the compiler is to see that the loop runs: around one that may not, ptxas serializes
+    Hopper's products (of some kernels; a column of results/cubins.json tells). Where it is not
+    needed it costs registers.
     """
     inner = tl.arange(0, BLOCK_K)
     a_offsets = rows_M[:, None] * a_row + inner[None, :] * a_inner
     b_offsets = inner[:, None] * b_inner + columns_N[None, :] * b_column
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-    for k in range(0, K, BLOCK_K):
+    end = K
+    if RUNS:
+        end = tl.maximum(K, 1)  # with K = 0 every element is masked
+    for k in range(0, end, BLOCK_K):
         a = _load(a_ptr, a_offsets, rows_real, inner < K - k, 1, EVEN_K)
         b = _load(b_ptr, b_offsets, columns_real, inner < K - k, 0, EVEN_K)
         acc = tl.dot(
@@ -124,13 +122,14 @@ def logits_tile(
         None,
         outputs,
         None,
-        at_least_one(D) if COMPUTE == tl.float16 else D,
+        D,
         BLOCK_N,
         BLOCK_L,
         BLOCK_K,
         EVEN_K,
         COMPUTE if x_scale_ptr is None else tl.float8e4nv,
         PRECISION,
+        RUNS=tl.float16 == COMPUTE,
     )
     if x_scale_ptr is not None:
         z *= tl.load(x_scale_ptr + n0 + rows)[:, None]
@@ -160,11 +159,12 @@ def gradient_tile(
         None,
         tl.arange(0, BLOCK_D),
         None if EVEN_D else tl.arange(0, BLOCK_D) < D - d0,
-        at_least_one(N),
+        N,
         BLOCK_L,
         BLOCK_D,
         BLOCK_K,
         EVEN_K,
         COMPUTE,
         PRECISION,
+        RUNS=True,
     )
