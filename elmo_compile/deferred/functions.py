@@ -17,6 +17,7 @@ from elmo_compile.deferred.origin import FAKES, fake
 from elmo_compile.deferred.state import Derived, Root, State
 from elmo_compile.deferred.step import Step
 from elmo_compile.deferred.tensor import Deferred, derive
+from elmo_compile.ops.data_parallel import inside
 from elmo_compile.ops.kept import KEPT, Tops, collecting
 from elmo_compile.ops.owners import owner_of
 
@@ -236,7 +237,7 @@ def _streamed(logits: Deferred, step: Step) -> Any:
     grad = torch.is_grad_enabled() and logits.requires_grad
     with torch.set_grad_enabled(grad or any(tensor.requires_grad for tensor in tensors)):
         inputs = root.inputs if grad else [_detached(value) for value in root.inputs]
-        with _collecting(root, state, step) as tops:
+        with _collecting(root, state, step) as tops, inside(root.data_parallel):
             result = root.origin.program(steps)(*inputs, *tensors)
     passes = [found for at_weight in tops.values() for found in at_weight]
     if len(passes) == 1:
