@@ -216,12 +216,13 @@ class CompiledGraph:
             serial = serial_if_deferred(handles[head.weight_input])
             if serial is not None:
                 loss = results[head.loss_output]
-                owner.open_loss(serial, loss)
-                value = owner.take_value(serial)
-                if head.loss_value == "auto" and value is not None:
+                opened = owner.open_loss(serial, loss)
+                if head.loss_value == "auto" and opened.value is not None:
                     changed = list(results)
-                    changed[head.loss_output] = defer_loss(loss, owner, serial, value)
+                    changed[head.loss_output] = defer_loss(loss, owner, serial, opened)
                     results = tuple(changed)
+                else:
+                    owner.keep_open(opened)
         return results
 
     def _treatment(self, head: PlannedHead, inputs: Sequence[Any]) -> Treatment:

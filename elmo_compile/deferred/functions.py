@@ -84,6 +84,8 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if view is not None and (_writes(func) or view.source_changed):
         logits.become_view()
         return func(*args, **kwargs)
+    if named.get("out") is not None:
+        return NotImplemented
     if func in WATCHES:
         logits.watched = True
     if not logits.untouched:

@@ -134,14 +134,19 @@ def _leave_value(
 ) -> None:
     """Leave with the owner how this call's loss is computed, should somebody read it early.
 
-    The features are copied: a compiled graph reuses memory that its backward does not need.
+    The features are copied: a compiled graph reuses memory that its backward does not need. So is
+    the bias, which somebody may write to; of dense targets [N, L] it is noted that they are read.
     """
     from elmo_compile import kernels
 
-    kept = dataclasses.replace(problem, x_ND=problem.x_ND.detach().clone())
+    bias = None if problem.b_L is None else problem.b_L.detach().clone()
+    kept = dataclasses.replace(problem, x_ND=problem.x_ND.detach().clone(), b_L=bias)
     family = kernels.select(kept.x_ND.device)
-    serial = int(handle[2])
-    owner.leave_value(serial, lambda: reduce_rows(family.forward(kept).rows_N, spec, factor))
+    owner.leave_value(
+        int(handle[2]),
+        lambda: reduce_rows(family.forward(kept).rows_N, spec, factor),
+        read=problem.target if isinstance(problem.target, Tensor) else None,
+    )
 
 
 @fused_head_loss.register_fake
