@@ -252,3 +252,19 @@ def test_gradients_of_some_inputs():
     torch.testing.assert_close(got, want)
     (dw,) = torch.autograd.grad(step(x, target), [model.head.weight])
     torch.testing.assert_close(dw, torch.autograd.grad(model(x, target), [model.head.weight])[0])
+
+
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize("rows", [3, 37])
+def test_float64_throughout(lower, rows):
+    """Of both ops: 3 rows' gradients are made in the backward."""
+    model = Model().double()
+    twin = copy.deepcopy(model)
+    step = compiled(model, lower=lower)
+    x, target = batch(rows)
+    loss, want = step(x.double(), target), twin(x.double(), target)
+    torch.testing.assert_close(loss, want, rtol=1e-14, atol=0)
+    loss.backward()
+    want.backward()
+    for one, other in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-16)
