@@ -142,7 +142,7 @@ def lower(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Ca
 
 
 def scale_in_place(backward: fx.GraphModule) -> None:
-    """Let a backward graph multiply by `elmo::scale_` what it would return multiplied by a scalar.
+    """Let a backward graph multiply by `elmo::scale_` what it would return as `elmo::scaled`.
 
     That is done to large tensors that the backward alone holds ("donated": AOTAutograd refuses to
     run such a graph twice) and uses for nothing else: gradients that `elmo::head_loss_at_once` made
@@ -158,7 +158,7 @@ def scale_in_place(backward: fx.GraphModule) -> None:
         if number not in donated or len(made.users) != 1:
             continue
         (product,) = made.users
-        if product not in returned or product.target is not torch.ops.aten.mul.Tensor:
+        if product not in returned or product.target is not torch.ops.elmo.scaled.default:
             continue
         first, factor = product.args
         if first is made and _is_large_and_scaled(made, factor, product):

@@ -23,6 +23,7 @@ from elmo_compile.deferred.loss import defer_loss
 from elmo_compile.deferred.made import Made
 from elmo_compile.deferred.tensor import defer
 from elmo_compile.lowering import lower, lower_later
+from elmo_compile.ops.data_parallel import hooked, wrapper_of
 from elmo_compile.ops.exclusion import is_excluded
 from elmo_compile.ops.fused import open_call, serial_if_deferred
 from elmo_compile.ops.holders import in_a_module
@@ -215,12 +216,13 @@ class CompiledGraph:
             serial = serial_if_deferred(handles[head.weight_input])
             if serial is not None:
                 loss = results[head.loss_output]
-                owner.open_loss(serial, loss)
-                value = owner.take_value(serial)
-                if head.loss_value == "auto" and value is not None:
+                opened = owner.open_loss(serial, loss)
+                if head.loss_value == "auto" and opened.value is not None:
                     changed = list(results)
-                    changed[head.loss_output] = defer_loss(loss, owner, serial, value)
+                    changed[head.loss_output] = defer_loss(loss, owner, serial, opened)
                     results = tuple(changed)
+                else:
+                    owner.keep_open(opened)
         return results
 
     def _treatment(self, head: PlannedHead, inputs: Sequence[Any]) -> Treatment:
@@ -294,7 +296,7 @@ def _owner(head: PlannedHead, weight: Tensor, inputs: Sequence[Any]) -> tuple[Ow
     for reason, applies in _CALL_REASONS:
         if applies(weight):
             return None, reason
-    reason = _data_parallel(owner, weight)
+    reason = _data_parallel(weight, at_step=owner.policy().at_step)
     if reason:
         return None, reason
     storage = weight.untyped_storage().data_ptr()
@@ -317,33 +319,20 @@ def _check_usable(head: PlannedHead, treatment: Treatment, inputs: Sequence[Any]
             known.check_consistent()
 
 
-def _hooked(weight: Tensor) -> bool:
-    return bool(weight._backward_hooks) or bool(
-        getattr(weight, "_post_accumulate_grad_hooks", None)
-    )
-
-
-def _data_parallel(owner: Owner, weight: Tensor) -> str:
-    """Why DistributedDataParallel keeps this weight from being fused in this call; or nothing, and
-    the owner knows the processes whose mean gradient is wanted."""
-    owner.reduce_over = None
-    if not torch.distributed.is_available():
+def _data_parallel(weight: Tensor, *, at_step: bool) -> str:
+    """Why DistributedDataParallel keeps this weight from being fused in this call; or nothing."""
+    wrapper = wrapper_of(weight)
+    if wrapper is None:
         return ""
-    from torch.nn.parallel import DistributedDataParallel
-
-    module: Any = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
-    if module is None:
-        return ""
-    if not owner.policy().at_step:
+    if not at_step:
         return (
             "DistributedDataParallel must see the gradient (use update_at='step', or fused=False)"
         )
-    if any(param is weight for param in module._module_parameters):
+    if any(param is weight for param in wrapper._module_parameters):
         return (
             "DistributedDataParallel reduces the weight's gradient: call "
             "elmo_compile.distributed.ignore_heads(model) before wrapping the model"
         )
-    owner.reduce_over = module.process_group
     return ""
 
 
@@ -351,7 +340,7 @@ _CALL_REASONS: tuple[tuple[str, Callable[[Tensor], bool]], ...] = (
     ("gradients are off", lambda weight: not torch.is_grad_enabled()),
     ("the weight is frozen", lambda weight: not weight.requires_grad),
     ("the weight is not contiguous", lambda weight: not weight.is_contiguous()),
-    ("the weight has gradient hooks, which would see no gradient", _hooked),
+    ("the weight has gradient hooks, which would see no gradient", hooked),
     ("the weight is an inference tensor", lambda weight: weight.is_inference()),
 )
 

@@ -59,7 +59,7 @@ SIZES = (1024, 1024)
 
 
 def backward_graph(**changes: Any) -> fx.GraphModule:
-    """`return made * factor`, as AOTAutograd leaves it, or something near it."""
+    """`return scaled(made, factor)`, as AOTAutograd leaves it, or something near it."""
     options = {
         "shape": SIZES, "dtype": torch.bfloat16, "factor": (), "factor_dtype": torch.float32,
         "result": torch.bfloat16, "used_again": False, "returned": True, "turned": False,
@@ -72,7 +72,7 @@ def backward_graph(**changes: Any) -> fx.GraphModule:
     scale = torch.empty(options["factor"], dtype=options["factor_dtype"], device="meta")
     factor.meta["val"] = scale
     operands = (factor, made) if options["turned"] else (made, factor)
-    product = graph.call_function(torch.ops.aten.mul.Tensor, operands)
+    product = graph.call_function(torch.ops.elmo.scaled.default, operands)
     product.meta["val"] = torch.empty_like(made.meta["val"], dtype=options["result"])
     last = product
     if not options["returned"]:
@@ -93,7 +93,7 @@ def rewritten(module: fx.GraphModule, monkeypatch: pytest.MonkeyPatch, donated: 
 def test_a_large_donated_gradient_is_scaled_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     module = backward_graph()
     assert rewritten(module, monkeypatch, [0])
-    assert not module.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
+    assert not module.graph.find_nodes(op="call_function", target=torch.ops.elmo.scaled.default)
     made = torch.randn(SIZES).bfloat16()
     wanted = (made.float() * 0.3).bfloat16()
     (result,) = module(made, torch.tensor(0.3))

@@ -17,6 +17,7 @@ from elmo_compile.deferred.origin import FAKES, fake
 from elmo_compile.deferred.state import Derived, Root, State
 from elmo_compile.deferred.step import Step
 from elmo_compile.deferred.tensor import Deferred, derive
+from elmo_compile.ops.data_parallel import inside
 from elmo_compile.ops.kept import KEPT, Tops, collecting
 from elmo_compile.ops.owners import owner_of
 
@@ -83,6 +84,8 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if view is not None and (_writes(func) or view.source_changed):
         logits.become_view()
         return func(*args, **kwargs)
+    if named.get("out") is not None:
+        return NotImplemented
     if func in WATCHES:
         logits.watched = True
     if not logits.untouched:
@@ -236,7 +239,7 @@ def _streamed(logits: Deferred, step: Step) -> Any:
     grad = torch.is_grad_enabled() and logits.requires_grad
     with torch.set_grad_enabled(grad or any(tensor.requires_grad for tensor in tensors)):
         inputs = root.inputs if grad else [_detached(value) for value in root.inputs]
-        with _collecting(root, state, step) as tops:
+        with _collecting(root, state, step) as tops, inside(root.data_parallel):
             result = root.origin.program(steps)(*inputs, *tensors)
     passes = [found for at_weight in tops.values() for found in at_weight]
     if len(passes) == 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from elmo_compile.deferred.step import Step
 from elmo_compile.deferred.tensor import Deferred
 from elmo_compile.errors import StaleLogitsError
 from elmo_compile.ops.kept import watch
+from elmo_compile.ops.open_calls import OpenLoss
 from elmo_compile.ops.owners import Owner
 
 
@@ -21,20 +23,16 @@ class Loss(State):
     """The loss of one forward of a fused head.
 
     Args:
-        loss: what the graph returned, without a value; the backward of the call fills it in.
         owner: of the head's weight.
         serial: of the call.
-        value: computes the value with the weight as it is.
+        opened: what the graph returned, without a value; the backward of the call fills it in.
     """
 
-    def __init__(
-        self, loss: Tensor, owner: Owner, serial: int, value: Callable[[], Tensor]
-    ) -> None:
+    def __init__(self, owner: Owner, serial: int, opened: OpenLoss) -> None:
         with FAKES:
-            super().__init__(fake(loss))
-        self.loss = loss.detach()
-        self._owner, self._serial, self._value = owner, serial, value
-        self._version = version(owner.param)
+            super().__init__(fake(opened.loss))
+        self._owner, self._serial, self._opened = owner, serial, opened
+        self._version, self._read_version = version(owner.param), version(opened.read)
         watch(owner.param, self)
 
     @property
@@ -51,22 +49,34 @@ class Loss(State):
         return self._filled().clone()  # What is written into the loss is not its value.
 
     def _filled(self) -> Tensor:
-        if self._owner.is_open(self._serial):
-            if version(self._owner.param) != self._version:
-                raise StaleLogitsError(
-                    f"the loss was not computed yet, and the head weight {self._owner.name} has "
-                    "changed since its forward; read it before, or compile with "
-                    "options={'loss_value': 'exact'}"
-                )
-            self._owner.fill_loss(self._serial, self._value())
-        return self.loss
+        opened = self._opened
+        if not opened.filled:
+            self._check_unchanged()
+            assert opened.value is not None
+            opened.fill(opened.value())
+        return opened.loss
+
+    def _check_unchanged(self) -> None:
+        """Raise StaleLogitsError if what the value is computed from was written to."""
+        if version(self._owner.param) != self._version:
+            what = f"the head weight {self._owner.name} has"
+        elif version(self._opened.read) != self._read_version:
+            what = "its targets have"
+        else:
+            return
+        raise StaleLogitsError(
+            f"the loss was not computed yet, and {what} changed since its forward; read it before, "
+            "or compile with options={'loss_value': 'exact'}"
+        )
 
     def before_change(self) -> None:
         """Another backward, or a step, is about to change the weight."""
         if self.outlives_capture:
             return
-        if self._owner.is_open(self._serial) and self._owner.filling != self._serial:
-            self.real()
+        if not self._opened.filled and self._owner.filling != self._serial:
+            # Too late already: it says so if it is read, which is no business of who changes.
+            with contextlib.suppress(StaleLogitsError):
+                self.real()
 
     def top(self) -> None:
         return None
@@ -84,7 +94,7 @@ class DeferLoss(torch.autograd.Function):
         return None, grads[0]
 
 
-def defer_loss(loss: Tensor, owner: Owner, serial: int, value: Callable[[], Tensor]) -> Tensor:
+def defer_loss(loss: Tensor, owner: Owner, serial: int, opened: OpenLoss) -> Tensor:
     """The loss of one forward as a tensor that has its value when it is read."""
-    made: Tensor = DeferLoss.apply(Loss(loss, owner, serial, value), loss)  # type: ignore[no-untyped-call]
+    made: Tensor = DeferLoss.apply(Loss(owner, serial, opened), loss)  # type: ignore[no-untyped-call]
     return made

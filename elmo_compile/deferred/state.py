@@ -12,6 +12,7 @@ from elmo_compile.deferred.origin import Origin
 from elmo_compile.deferred.step import Step
 from elmo_compile.errors import StaleLogitsError
 from elmo_compile.numerics.capture import capturing
+from elmo_compile.ops.data_parallel import active_wrapper
 from elmo_compile.ops.kept import watch
 from elmo_compile.ops.owners import replayed_updates
 from elmo_compile.ops.unfused import note
@@ -104,6 +105,8 @@ class Root(State):
         if collected is not None:
             self.collect(collected)
         self.inputs = tuple(inputs)
+        self.data_parallel = active_wrapper()
+        """The DistributedDataParallel in whose forward they were made: their losses are its."""
         self._versions = [version(value) for value in inputs]
         self._top: tuple[Tensor, ...] | None = None
         for value in inputs:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from elmo_compile.heads.convert import find_head
+from elmo_compile.ops.data_parallel import refuse_gradient
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -25,7 +26,8 @@ def ignore_heads(model: _Model, *, names: Sequence[str] | None = None) -> _Model
     """Keep the weights of a model's heads out of DistributedDataParallel, before wrapping it.
 
     To be used with an optimizer of this package with `update_at="step"`. The weights are made equal
-    to those of process 0, as DDP does for what it manages. Biases stay with DDP.
+    to those of process 0, as DDP does for what it manages. Biases stay with DDP. A backward that
+    gives such a weight an ordinary gradient, which nobody would reduce, raises FusedUpdateError.
 
     Args:
         model: what `DistributedDataParallel` is then called with.
@@ -49,5 +51,6 @@ def ignore_heads(model: _Model, *, names: Sequence[str] | None = None) -> _Model
                 raw = stored.view(torch.uint8) if stored.element_size() == 1 else stored
                 dist.broadcast(raw, src=0)
                 torch.autograd.graph.increment_version(head.weight)
+        refuse_gradient(head.weight)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]
     return model

@@ -25,6 +25,7 @@ from elmo_compile.ops.call import (
     row_scale,
 )
 from elmo_compile.ops.head_loss import gradient_dtype
+from elmo_compile.ops.scale import scaled, scaled_small
 
 
 @torch.library.custom_op(
@@ -111,14 +112,14 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
     for needed, made in zip((need_dx, need_dw, need_db), ctx.made, strict=True):
         assert made or not needed, "a gradient is asked for that was not planned"
     x_dtype, bias_dtype = ctx.dtypes
-    scaled = dw * grad if need_dw else None
+    weight_grad = scaled(dw, grad) if need_dw else None
     return (
-        (dx * grad).to(x_dtype) if need_dx else None,
-        None if ctx.has_carrier else scaled,
-        (db * grad).to(bias_dtype) if need_db else None,
+        scaled_small(dx, grad).to(x_dtype) if need_dx else None,
+        None if ctx.has_carrier else weight_grad,
+        scaled_small(db, grad).to(bias_dtype) if need_db else None,
         None,
         None,
-        scaled if ctx.has_carrier else None,
+        weight_grad if ctx.has_carrier else None,
         *(None for _ in range(9)),
     )
 

@@ -176,13 +176,14 @@ def row_factor(
 ) -> float | Tensor:
     """`c` such that loss = sum_n c * row_n (or row_n * c for reduction `none`).
 
-    A tensor only where it depends on data: cross entropy's mean divides by the rows that count.
+    A tensor only where it depends on data: cross entropy's mean divides by the rows that count. It
+    is float64, whatever the loss is.
     """
     factor = scale / divisor if divisor else float("nan")
     if spec.reduction != "mean":
         return factor
     if spec.name == CE:
-        return factor / (target != spec.ignore_index).sum(dtype=torch.float32)
+        return factor / (target != spec.ignore_index).sum(dtype=torch.float64)
     assert spec.name == BCE
     return factor / (num_rows * num_outputs) if num_rows else float("nan")
 
@@ -202,7 +203,7 @@ def row_scale(
     Rows that cross entropy ignores get exactly zero, whatever the upstream gradient.
     """
     wide = grad.to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
-    scale_N = (wide * factor).expand(num_rows)
+    scale_N = (wide * factor).to(wide.dtype).expand(num_rows)
     if spec.name == CE:
         scale_N = torch.where(target == spec.ignore_index, torch.zeros_like(scale_N), scale_N)
     return scale_N.contiguous()

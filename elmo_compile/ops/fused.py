@@ -1,10 +1,10 @@
 """`elmo::fused_head_loss`: linear + loss whose backward updates the weight instead of returning dW.
 
-The weight is not an argument: `handle` (int64 [4]: owner key, ticket, serial of the call, whether
-the loss value is needed at once) names it at run time. `anchor` is an empty tensor whose gradient
-flows to the weight's AccumulateGrad node, so that autograd runs the backward op exactly when it
-would have computed the weight's gradient. `sink` is declared mutated by the backward op, which
-keeps it from being removed, merged or reordered.
+The weight is not an argument: `handle` (int64 [5]: owner key, ticket, serial of the call, whether
+the loss value is needed at once, number of the DDP wrapper) names it at run time. `anchor` is an
+empty tensor whose gradient flows to the weight's AccumulateGrad node, so that autograd runs the
+backward op exactly when it would have computed the weight's gradient. `sink` is declared mutated by
+the backward op, which keeps it from being removed, merged or reordered.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from elmo_compile.ops.call import (
     row_factor,
     row_scale,
 )
+from elmo_compile.ops.data_parallel import group_of, number_of, wrapper_of
 from elmo_compile.ops.head_loss import fake_outputs
 from elmo_compile.ops.owners import Owner, new_serial, owner_by_key
 from elmo_compile.ops.second_pass import keep_head
@@ -71,7 +72,8 @@ def open_call(owner: Owner) -> tuple[Tensor, Tensor, Tensor]:
     # A checkpoint around the call runs it again in backward, as another call with another loss
     # tensor: the one the caller holds could not be filled in.
     at_once = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    values = [owner.key, owner.ticket(), new_serial(), int(at_once)]
+    wrapper = number_of(wrapper_of(owner.param))
+    values = [owner.key, owner.ticket(), new_serial(), int(at_once), wrapper]
     handle = torch.tensor(values, device="cpu")  # whatever torch.set_default_device says
     anchor: Tensor = Anchor.apply(owner.param)  # type: ignore[no-untyped-call]
     return anchor, handle, torch.zeros((), dtype=torch.int64, device="cpu")
@@ -79,7 +81,7 @@ def open_call(owner: Owner) -> tuple[Tensor, Tensor, Tensor]:
 
 def serial_if_deferred(handle: Tensor) -> int | None:
     """The serial of a call whose loss its backward fills in; None if it is computed at once."""
-    _, _, serial, at_once = handle.tolist()
+    _, _, serial, at_once, _ = handle.tolist()
     return None if at_once else int(serial)
 
 
@@ -132,14 +134,19 @@ def _leave_value(
 ) -> None:
     """Leave with the owner how this call's loss is computed, should somebody read it early.
 
-    The features are copied: a compiled graph reuses memory that its backward does not need.
+    The features are copied: a compiled graph reuses memory that its backward does not need. So is
+    the bias, which somebody may write to; of dense targets [N, L] it is noted that they are read.
     """
     from elmo_compile import kernels
 
-    kept = dataclasses.replace(problem, x_ND=problem.x_ND.detach().clone())
+    bias = None if problem.b_L is None else problem.b_L.detach().clone()
+    kept = dataclasses.replace(problem, x_ND=problem.x_ND.detach().clone(), b_L=bias)
     family = kernels.select(kept.x_ND.device)
-    serial = int(handle[2])
-    owner.leave_value(serial, lambda: reduce_rows(family.forward(kept).rows_N, spec, factor))
+    owner.leave_value(
+        int(handle[2]),
+        lambda: reduce_rows(family.forward(kept).rows_N, spec, factor),
+        read=problem.target if isinstance(problem.target, Tensor) else None,
+    )
 
 
 @fused_head_loss.register_fake
@@ -182,7 +189,7 @@ def fused_head_loss_backward(
     from elmo_compile import kernels
 
     spec = LossSpec.decode(loss)
-    key, ticket, serial, at_once = handle.tolist()
+    key, ticket, serial, at_once, wrapper = handle.tolist()
     need_value = deferred and not at_once and spec.name != CE
     owner = owner_by_key(key)
     weight = owner.param.detach()
@@ -204,7 +211,7 @@ def fused_head_loss_backward(
         dx, db, rows_N = made.dx_ND, made.db_L, made.rows_N
         if wanted:
             wrong = _wrong(problem, target, target_aux, scale_N)
-            owner.keep(keep_head(problem, stats, scale_N, made.norm2, wrong))
+            owner.keep(keep_head(problem, stats, scale_N, made.norm2, wrong), group_of(wrapper))
         if rows_N is not None:
             owner.fill_loss(serial, reduce_rows(rows_N, spec, factor))
     else:

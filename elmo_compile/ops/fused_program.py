@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from elmo_compile.errors import FusedUpdateError
+from elmo_compile.ops.data_parallel import group_of
 from elmo_compile.ops.fused import UNCAPTURED, check_finite, weight_is_wanted
 from elmo_compile.ops.head_program import (
     fake_results,
@@ -86,7 +87,7 @@ def fused_head_program_backward(
     from elmo_compile.kernels.aten.programs import backward
 
     found = find_program(program)
-    key, ticket, *_ = handle.tolist()
+    key, ticket, *_, wrapper = handle.tolist()
     owner = owner_by_key(key)
     products = products_of([x], [owner.param.detach()], compute, [False])
     arguments = [*found.arguments(inputs, sizes), *saved, *tangents]
@@ -108,7 +109,8 @@ def fused_head_program_backward(
                     chunk,
                     compute,
                     made.norm2,
-                )
+                ),
+                group_of(wrapper),
             )
     else:
         owner.check_ticket(ticket)

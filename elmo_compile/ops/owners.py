@@ -72,7 +72,7 @@ class Owner(OpenCalls):
         """What backwards left for `opt.step()` to update from."""
         self._kept_of: Any = None
         self.reduce_over: Any = None
-        """Under DistributedDataParallel: the process group whose mean gradient is wanted."""
+        """Under DistributedDataParallel: the process group whose mean of `kept` is wanted."""
         self.refused_in = ""
         """Where no fused call may be made now: `step(closure)`."""
         self.counters = Counters()
@@ -221,10 +221,22 @@ class Owner(OpenCalls):
                 "invalid (NaN, infinity or a label out of range); its update was not applied"
             )
 
-    def keep(self, kept: Kept) -> None:
-        """Leave a backward's gradient for `opt.step()`."""
+    def keep(self, kept: Kept, reduce_over: Any = None) -> None:
+        """Leave a backward's gradient for `opt.step()`.
+
+        Args:
+            reduce_over: the process group of the DistributedDataParallel its forward was in. As in
+                DDP, one such backward makes the sum of all of a step the processes' mean.
+        """
         if self.kept:
             self._check_unchanged()
+        if None not in (self.reduce_over, reduce_over) and self.reduce_over is not reduce_over:
+            raise FusedUpdateError(
+                "backwards of two DistributedDataParallel modules with different process groups "
+                f"reached the head weight {self.name} before opt.step(). Call it between them"
+            )
+        if reduce_over is not None:
+            self.reduce_over = reduce_over
         self._add_kept(kept)
         self._kept_of = self.param._version, self.param.dtype
         self.replaced_by_unowned = False
@@ -237,6 +249,7 @@ class Owner(OpenCalls):
     def forget_kept(self) -> None:
         """Drop what backwards kept: the gradient is zeroed."""
         self.kept = []
+        self.reduce_over = None
         self._kept_invalid.clear()
 
     def settle(self) -> None:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from training import EAGER, INDUCTOR, assert_same, batch, net, owned, reference
+import torch.nn.functional as F
+from torch import Tensor, nn
+from training import (
+    EAGER,
+    FEATURES,
+    INDUCTOR,
+    LABELS,
+    ROWS,
+    assert_same,
+    batch,
+    compiled,
+    net,
+    owned,
+    reference,
+)
 
 import elmo_compile as elmo
 from elmo_compile.deferred import Deferred
@@ -140,3 +155,91 @@ def test_exact_where_the_loss_is_not_returned_as_it_is() -> None:
     assert type(loss) is Tensor or not loss.isnan().any()
     assert loss.item() == pytest.approx(2 * model(*batch()).item(), rel=1e-5)
     del opt
+
+
+def test_any_number_of_losses_may_be_read_later() -> None:
+    model = net("bce")
+    step, _opt = owned(model)
+    losses = torch.stack([step(*batch(i % 3)) for i in range(260)])
+    want = torch.stack([model(*batch(i % 3)) for i in range(260)])
+    torch.testing.assert_close(losses, want)
+
+
+def test_another_optimizer_takes_the_weight_over_before_it_is_read() -> None:
+    model = net("bce")
+    step, _opt = owned(model)
+    loss = step(*batch())
+    other = elmo.optim.SGD(model.parameters(), 0.1)
+    assert loss.item() == pytest.approx(model(*batch()).item(), rel=1e-5)
+    loss = step(*batch(1))
+    want = model(*batch(1)).item()
+    loss.backward()
+    other.step()
+    assert loss.item() == pytest.approx(want, rel=1e-5)
+
+
+def test_results_are_written_where_they_are_asked_for() -> None:
+    model = net("bce")
+    step, _opt = owned(model)
+    buffer = torch.zeros(())
+    torch.mul(step(*batch()).detach(), 2, out=buffer)
+    assert buffer.item() == pytest.approx(2 * model(*batch()).item(), rel=1e-5)
+
+
+def test_the_bias_is_that_of_the_forward() -> None:
+    model = net("bce")
+    want = model(*batch()).item()
+    step, _opt = owned(model)
+    loss = step(*batch())
+    with torch.no_grad():
+        model.head.bias.add_(1.0)
+    assert loss.item() == pytest.approx(want, rel=1e-5)
+
+
+@LOWERINGS
+def test_never_with_other_dense_targets(options: dict[str, Any]) -> None:
+    head = nn.Linear(FEATURES, LABELS)
+
+    def model(x: Tensor, y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(head(x), y)
+
+    step = compiled(model, options)
+    opt = elmo.optim.SGD(head.parameters(), 0.5)
+    x, y = torch.randn(ROWS, FEATURES), torch.rand(ROWS, LABELS)
+    first, second = step(x, y), step(x, y)
+    read = first.item()
+    assert read == pytest.approx(model(x, y).item(), rel=1e-5)
+    y.fill_(0.5)
+    assert first.item() == read
+    with pytest.raises(elmo.StaleLogitsError, match="targets have changed"):
+        second.item()
+    third = step(x, y)
+    third.backward()
+    opt.step()
+    assert not third.isnan()
+    with pytest.raises(elmo.StaleLogitsError):
+        second.item()
+
+
+@LOWERINGS
+def test_nothing_of_a_step_is_held_by_its_loss(options: dict[str, Any]) -> None:
+    head = nn.Linear(FEATURES, LABELS)
+    step = compiled(lambda x, y: F.binary_cross_entropy_with_logits(head(x), y), options)
+    opt = elmo.optim.SGD(head.parameters(), 0.5)
+    held, losses = [], []
+    for read_before in (False, True, False):
+        x, y = torch.randn(ROWS, FEATURES), torch.rand(ROWS, LABELS)
+        loss = step(x, y)
+        if read_before:
+            loss.item()
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        held += [weakref.ref(x), weakref.ref(y)]
+        losses.append(loss.detach())
+    for state in (loss._state for loss in losses):
+        assert state._opened.value is None
+    del x, y, loss
+    gc.collect()
+    assert [kept() for kept in held] == [None] * len(held)
+    assert not torch.stack(losses).isnan().any()

@@ -1,6 +1,9 @@
 """One process of a data-parallel run: train, then save the weights.
 
-python ranks.py RANK WORLD FOLDER KIND DTYPE WRAP
+python ranks.py RANK WORLD FOLDER KIND DTYPE WRAP HOW
+
+HOW: "loss": the model returns its loss; "logits": it returns logits; "bare": it does too, and is
+also called without DDP between backward() and step(); "refused": its head's gradient is ordinary.
 """
 
 from __future__ import annotations
@@ -8,14 +11,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch.nn.parallel import DistributedDataParallel
-from training import EAGER, batch, net
+from training import EAGER, LABELS, Net, batch, net
 
 import elmo_compile as elmo
+from elmo_compile.errors import FusedUpdateError
 
 STEPS, MICRO, ROWS = 3, 2, 4
 
@@ -27,12 +34,27 @@ def part(step: int, micro: int, rank: int, world: int) -> tuple[torch.Tensor, to
     return inputs[rows], labels[rows]
 
 
-def main(rank: int, world: int, folder: str, kind: str, dtype: str, wrap: str) -> None:
+class Scorer(Net):
+    """The same without the loss."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.encoder(inputs)))
+
+
+def loss_of_logits(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
+    if kind == "ce":
+        return F.cross_entropy(logits, labels)
+    return F.binary_cross_entropy_with_logits(logits, elmo.multi_hot(labels[:, None], LABELS))
+
+
+def main(rank: int, world: int, folder: str, kind: str, dtype: str, wrap: str, how: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world
     )
     model = net(kind, seed=rank)  # what process 0 has is to count
+    if how != "loss":
+        model.__class__ = Scorer
     if dtype != "float32":
         elmo.convert_head(model, dtype=getattr(torch, dtype), name="head")
     elmo.distributed.ignore_heads(model)
@@ -43,9 +65,24 @@ def main(rank: int, world: int, folder: str, kind: str, dtype: str, wrap: str) -
     optimizer = elmo.optim.SGD(
         model.parameters(), 0.5, momentum=0.9, update_at="step", max_norm=0.5, accumulate="stash"
     )
+    if how == "refused":
+        optimizer.param_groups[0]["update_at"] = "backward"
     for step in range(STEPS):
         for micro in range(MICRO):
-            (run(*part(step, micro, rank, world)) / MICRO).backward()
+            inputs, labels = part(step, micro, rank, world)
+            if how == "loss":
+                loss = run(inputs, labels)
+            else:
+                loss = loss_of_logits(kind, run(inputs), labels)
+            if how == "refused":
+                with pytest.raises(FusedUpdateError, match="which nobody reduces"):
+                    loss.backward()
+                return
+            (loss / MICRO).backward()
+        if how == "bare":
+            loss_of_logits(
+                kind, torch.compile(model, backend="elmo", options=EAGER)(inputs), labels
+            )
         optimizer.step()
         optimizer.zero_grad()
     assert optimizer.fused_parameters() == [model.head.weight]

@@ -23,8 +23,18 @@ from ranks import MICRO, ROWS, STEPS
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
+def test_an_ignored_head_with_an_ordinary_gradient_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, 2, "ce", "float32", "outside", "refused")
+
+
 def trained(folder: Path, world: int, *case: str) -> list[dict[str, torch.Tensor]]:
     """The weights of every process after a run."""
+    run(folder, world, *case)
+    return [torch.load(folder / f"weights{rank}.pt") for rank in range(world)]
+
+
+def run(folder: Path, world: int, *case: str) -> None:
+    """Run every process of a case."""
     running = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(rank), str(world), str(folder), *case],
@@ -35,7 +45,6 @@ def trained(folder: Path, world: int, *case: str) -> list[dict[str, torch.Tensor
     for process in running:
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output[-3000:]
-    return [torch.load(folder / f"weights{rank}.pt") for rank in range(world)]
 
 
 def eager(kind: str) -> dict[str, torch.Tensor]:
@@ -52,18 +61,21 @@ def eager(kind: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("world", "kind", "dtype", "wrap"),
+    ("world", "kind", "dtype", "wrap", "how"),
     [
-        (1, "ce", "float32", "inside"),
-        (2, "ce", "float32", "outside"),
-        (2, "bce", "float32", "inside"),
-        (2, "bce", "bfloat16", "outside"),
+        (1, "ce", "float32", "inside", "loss"),
+        (2, "ce", "float32", "outside", "loss"),
+        (2, "bce", "float32", "inside", "loss"),
+        (2, "bce", "bfloat16", "outside", "loss"),
+        (2, "ce", "float32", "inside", "logits"),
+        (2, "bce", "float32", "outside", "logits"),
+        (2, "ce", "float32", "outside", "bare"),
     ],
 )
 def test_two_processes_train_as_one(
-    world: int, kind: str, dtype: str, wrap: str, tmp_path: Path
+    world: int, kind: str, dtype: str, wrap: str, how: str, tmp_path: Path
 ) -> None:
-    weights = trained(tmp_path, world, kind, dtype, wrap)
+    weights = trained(tmp_path, world, kind, dtype, wrap, how)
     for other in weights[1:]:
         for name, value in other.items():
             assert torch.equal(value, weights[0][name]), name

@@ -104,6 +104,30 @@ def test_ignored_rows_and_none_that_count():
     assert loss.isnan()
 
 
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize("size", [(600, 16, 203), (300, 1024, 1100)])
+def test_a_batch_of_ignored_labels_has_gradients_of_zero(lower, size):
+    """Its upstream gradient is infinite where the loss is divided by the labels that count."""
+    rows, features, outputs = size
+    weight = (torch.randn(outputs, features) * 0.25).requires_grad_()
+
+    def loss_of(x, weight, y):
+        total = F.cross_entropy(F.linear(x, weight), y, reduction="sum")
+        return total / (y != -100).sum()
+
+    step = compiled(loss_of, lower=lower)
+    y = torch.full((rows,), -100)
+    for loss in (loss_of, step):
+        x = torch.randn(rows, features, requires_grad=True)
+        made = loss(x, weight, y)
+        assert made.isnan()
+        made.backward()
+        assert not x.grad.any()
+        assert not weight.grad.any()
+        x.grad = weight.grad = None
+    assert op_used()
+
+
 @pytest.mark.parametrize("frozen", ["head.weight", "head.bias", "encoder", "x"])
 def test_frozen_parts(frozen):
     model = Model()
@@ -228,3 +252,19 @@ def test_gradients_of_some_inputs():
     torch.testing.assert_close(got, want)
     (dw,) = torch.autograd.grad(step(x, target), [model.head.weight])
     torch.testing.assert_close(dw, torch.autograd.grad(model(x, target), [model.head.weight])[0])
+
+
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize("rows", [3, 37])
+def test_float64_throughout(lower, rows):
+    """Of both ops: 3 rows' gradients are made in the backward."""
+    model = Model().double()
+    twin = copy.deepcopy(model)
+    step = compiled(model, lower=lower)
+    x, target = batch(rows)
+    loss, want = step(x.double(), target), twin(x.double(), target)
+    torch.testing.assert_close(loss, want, rtol=1e-14, atol=0)
+    loss.backward()
+    want.backward()
+    for one, other in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-16)

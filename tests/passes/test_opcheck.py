@@ -68,6 +68,11 @@ def test_head_loss_at_once(form, rows):
     torch.library.opcheck(torch.ops.elmo.head_loss_at_once.default, args, test_utils=FUNCTIONAL)
 
 
+def test_scaled():
+    args = (torch.randn(L, D), torch.tensor(0.5))
+    torch.library.opcheck(torch.ops.elmo.scaled.default, args, test_utils=FUNCTIONAL)
+
+
 def test_head_loss_backward():
     x, w, b = (tensor.detach() for tensor in head())
     spec = LossSpec(name=CE, targets="classes").encode()

@@ -8,6 +8,7 @@ the weight gradient where it is the result.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
@@ -175,10 +176,14 @@ def backward_update(
 
 @_plain_mode
 def scale_(made: Tensor, factor: Tensor) -> None:
-    """Multiply a tensor by a 0-d one, unless that is 1."""
+    """Multiply a tensor by a 0-d one, unless that is 1; what is 0 stays 0."""
     number = float(factor)
-    if number != 1.0:
-        made.mul_(number)
+    if number == 1.0:
+        return
+    zeros = None if math.isfinite(number) else made == 0
+    made.mul_(number)
+    if zeros is not None:
+        made.masked_fill_(zeros, 0.0)
 
 
 class _Walk:

@@ -17,7 +17,7 @@ _PROGRAMS = 8
 
 @triton.jit
 def _scale_kernel(made_ptr, factor_ptr, count, BLOCK: tl.constexpr):
-    """made[i] = made[i] * factor, to nearest, unless factor is 1."""
+    """made[i] = made[i] * factor, to nearest, unless factor is 1 or made[i] is 0."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
         first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -25,7 +25,8 @@ def _scale_kernel(made_ptr, factor_ptr, count, BLOCK: tl.constexpr):
         for start in range(first, count, step):
             offsets = start + tl.arange(0, BLOCK)
             mask = offsets < count
-            value = widen(tl.load(made_ptr + offsets, mask=mask, other=0.0)) * factor
+            value = widen(tl.load(made_ptr + offsets, mask=mask, other=0.0))
+            value = tl.where(value == 0.0, value, value * factor)
             tl.store(made_ptr + offsets, narrow(value, made_ptr.dtype.element_ty), mask=mask)
 
 
@@ -33,7 +34,7 @@ def _scale_kernel(made_ptr, factor_ptr, count, BLOCK: tl.constexpr):
 def scale_(made: Tensor, factor: Tensor) -> None:
     """Multiply a contiguous float32, bf16 or float16 tensor by a 0-d one (float64: by ATen)."""
     if made.dtype == torch.float64:
-        made.mul_(factor)
+        made.copy_(torch.where(made == 0, made, made * factor))
         return
     assert made.is_contiguous()
     count = made.numel()

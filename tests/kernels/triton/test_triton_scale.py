@@ -28,10 +28,16 @@ def test_scaled_to_nearest(dtype, shape, device):
 
 @pytest.mark.parametrize("factor", [0.0, float("inf"), float("nan"), -1.0])
 def test_factors_that_are_no_ordinary_numbers(factor, device):
-    made = torch.tensor([1.0, -2.0, float("nan")], device=device)
-    wanted = made * factor
-    family.scale_(made, torch.tensor(factor, device=device))
-    torch.testing.assert_close(made, wanted, rtol=0, atol=0, equal_nan=True)
+    """A gradient that is 0 stays so: eager leaves it out before it multiplies."""
+    for dtype in DTYPES:
+        made = torch.tensor([1.0, -2.0, float("nan"), 0.0], device=device, dtype=dtype)
+        wanted = made * factor
+        wanted[-1] = 0.0
+        on_host = made.cpu().clone()
+        family.scale_(made, torch.tensor(factor, device=device))
+        torch.testing.assert_close(made, wanted, rtol=0, atol=0, equal_nan=True)
+        aten.scale_(on_host, torch.tensor(factor))
+        torch.testing.assert_close(on_host, wanted.cpu(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_nothing_is_written_for_one(device):
