@@ -31,8 +31,8 @@ class Deferred(Tensor):
     _state: State
     watched = False
     """Whether someone asked for the gradient of these logits."""
-    attached = False
-    """Whether their gradient goes to the recipe's inputs, and only there."""
+    _entered: Any = None
+    """The autograd node that hands their gradient to the recipe's inputs, and only there."""
 
     @staticmethod
     def __new__(cls, state: State) -> Deferred:
@@ -78,6 +78,21 @@ class Deferred(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             view = state.step(state.source)
         torch.utils.swap_tensors(self, view)  # type: ignore[no-untyped-call]
+
+    def attach(self) -> None:
+        """Their gradient goes to the recipe's inputs: by the node that they come out of now."""
+        self._entered = self._node
+
+    @property
+    def attached(self) -> bool:
+        """Whether their gradient goes to the recipe's inputs, and only there. It does not where
+        they became a leaf, or the result of another node, since they were made."""
+        return self._entered is not None and self._entered is self._node
+
+    @property
+    def _node(self) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.grad_fn
 
     @property
     def written(self) -> bool:
@@ -250,7 +265,7 @@ def defer(
     origin.large = root.large
     with torch.set_grad_enabled(grad):
         made: Deferred = Defer.apply(root, *entering, *carriers)  # type: ignore[no-untyped-call]
-    made.attached = True
+    made.attach()
     excluded = any(isinstance(v, torch.nn.Parameter) and is_excluded(v) for v in values)
     if not excluded:
         return made
@@ -270,5 +285,6 @@ def derive(logits: Deferred, step: Step) -> Tensor | None:
         return None
     state = Derived(logits, logits._state, step.frozen(), made)
     derived: Deferred = Derive.apply(state, logits)  # type: ignore[no-untyped-call]
-    derived.attached = logits.attached
+    if logits.attached:
+        derived.attach()
     return derived
