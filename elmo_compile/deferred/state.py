@@ -89,6 +89,9 @@ class State:
         """Note a loss that was streamed, for `torch.autograd.grad(loss, logits)`."""
         self.losses.append((loss, list(steps)))
 
+    def after_change(self) -> None:
+        """A weight among the inputs may have changed uncounted."""
+
     def top(self) -> tuple[Tensor, ...] | None:
         """Argmax, five largest values and indices of each row; None if that does not apply."""
         raise NotImplementedError
@@ -105,6 +108,7 @@ class Root(State):
             self.collect(collected)
         self.inputs = tuple(inputs)
         self._versions = [version(value) for value in inputs]
+        self._outdated = False
         self._top: tuple[Tensor, ...] | None = None
         for value in inputs:
             if isinstance(value, torch.nn.Parameter):
@@ -117,7 +121,7 @@ class Root(State):
     @property
     def stale(self) -> bool:
         """Whether an input changed since the forward."""
-        return [version(value) for value in self.inputs] != self._versions
+        return self._outdated or [version(value) for value in self.inputs] != self._versions
 
     def check(self) -> None:
         """Raise StaleLogitsError if the values can no longer be made."""
@@ -176,6 +180,9 @@ class Root(State):
             self.real()
         else:
             self.top()
+
+    def after_change(self) -> None:
+        self._outdated = True
 
 
 class Derived(State):
