@@ -106,13 +106,22 @@ class Root(State):
         self._collected: Any = None
         if collected is not None:
             self.collect(collected)
-        self.inputs = tuple(inputs)
-        self._versions = [version(value) for value in inputs]
+        self.inputs = tuple(self._held(value) for value in inputs)
+        self._versions = [version(value) for value in self.inputs]
         self._outdated = False
         self._top: tuple[Tensor, ...] | None = None
-        for value in inputs:
+        for value in self.inputs:
             if isinstance(value, torch.nn.Parameter):
                 watch(value, self)
+
+    def _held(self, value: Any) -> Any:
+        """An input as it is now: a copy of features whose writes torch does not count."""
+        if not isinstance(value, Tensor) or not value.is_inference():
+            return value
+        weight = isinstance(value, torch.nn.Parameter) or (
+            self.fake.shape[-1] in value.shape and value.shape[:-1] != self.fake.shape[:-1]
+        )
+        return value if weight else value.clone()
 
     def remake(self, steps: Sequence[Step]) -> Tensor:
         self.check()

@@ -96,10 +96,13 @@ class Deferred(Tensor):
 
     @property
     def written(self) -> bool:
-        """Whether someone wrote into the logits, or into a view of them: torch counts it here."""
+        """Whether someone wrote into the logits, or into a view of them: torch counts it here,
+        but in inference mode, where whoever made the values may have."""
         if isinstance(self._state, Given):
             return True
         with torch._C.DisableTorchFunctionSubclass():
+            if self.is_inference():
+                return self._state.values is not None
             return bool(version(self))
 
     @property

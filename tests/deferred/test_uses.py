@@ -299,6 +299,40 @@ def test_without_a_gradient() -> None:
             assert torch.equal(run(x).argmax(-1), model(x).argmax(-1))
 
 
+@pytest.mark.parametrize("encoder", [True, False])
+def test_a_buffer_that_is_used_again_in_inference_mode(encoder: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model: Any = Net() if encoder else nn.Linear(8, L)
+    run = torch.compile(model, backend="elmo", options=OPTIONS)
+    with torch.inference_mode():
+        given = [torch.randn(N, 8) for _ in range(2)]
+        buffer, made = torch.empty(N, 8), []
+        for x in given:
+            made.append(run(buffer.copy_(x)))
+        for z, x in zip(made, given):
+            assert isinstance(z, Deferred)
+            torch.testing.assert_close(z + 0, model(x))
+
+
+def test_a_write_into_logits_in_inference_mode() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model: Any = Net()
+    run = torch.compile(model, backend="elmo", options=OPTIONS)
+    x, y = torch.randn(N, 8), torch.randint(0, L, (N,))
+    with torch.inference_mode():
+        z, view, cast = run(x), run(x), run(x)
+        double = cast.double()
+        z.mul_(2)
+        view.view(2, 3, L)[1:].mul_(2)
+        cast.mul_(2)
+        plain = model(x)
+        torch.testing.assert_close(F.cross_entropy(z, y), F.cross_entropy(2 * plain, y))
+        torch.testing.assert_close(view.sum(), plain[:3].sum() + 2 * plain[3:].sum())
+        torch.testing.assert_close(F.cross_entropy(double, y), F.cross_entropy(plain.double(), y))
+
+
 def test_switched_off() -> None:
     _, _, z = outcome(lambda z, y: None, compiled=True, deferred_logits=False)
     assert type(z) is Tensor
