@@ -225,19 +225,37 @@ class Derive(torch.autograd.Function):
             made: Tensor = state.step(inputs[0])
             return made
 
-        return (None, *_gradients(step, [state.before()], [True], grads[0]))
+        before = _before_in_graph(state) if torch.is_grad_enabled() else state.before()
+        return (None, *_gradients(step, [before], [True], grads[0]))
+
+
+def _before_in_graph(state: Derived) -> Tensor:
+    """What a step was applied to, with its gradient: the step is differentiated twice."""
+    if state.source_changed or not isinstance(state.source, Deferred):
+        raise RuntimeError(
+            "elmo_compile: a backward with create_graph=True reached deferred logits that were "
+            "written to since; call logits.materialize() before the write"
+        )
+    return state.source.materialize()
 
 
 def _gradients(make: Any, inputs: Sequence[Any], wanted: Sequence[bool], grad: Tensor) -> list[Any]:
-    """Gradients of a recomputed tensor with respect to those of its inputs that want one."""
-    leaves = [
-        value.detach().requires_grad_(wants) if isinstance(value, Tensor) else value
-        for value, wants in zip(inputs, wanted)
-    ]
+    """Gradients of a recomputed tensor with respect to those of its inputs that want one.
+
+    Under `create_graph` they are functions of the inputs themselves, as autograd's own are.
+    """
+    again = torch.is_grad_enabled()
+
+    def leaf(value: Any, wants: bool) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.view_as(value) if again and wants else value.detach().requires_grad_(wants)
+
+    leaves = [leaf(value, wants) for value, wants in zip(inputs, wanted)]
     with torch.enable_grad():
         made = make(leaves)
     asked = [leaf for leaf, wants in zip(leaves, wanted) if wants]
-    found = iter(torch.autograd.grad(made, asked, grad, allow_unused=True))
+    found = iter(torch.autograd.grad(made, asked, grad, allow_unused=True, create_graph=again))
     return [next(found) if wants else None for wants in wanted]
 
 

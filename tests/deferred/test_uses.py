@@ -145,6 +145,24 @@ def with_other_data(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z, y)
 
 
+def penalty(*steps: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A penalty on the gradient of what the logits are made from, beside a loss of them."""
+
+    def use(z: Tensor, y: Tensor) -> Tensor:
+        made = z
+        for step in steps:
+            made = step(made)
+        (g,) = torch.autograd.grad(made.pow(2).sum(), z.features, create_graph=True)  # type: ignore[attr-defined]
+        return backward(F.cross_entropy(z, y) + g.pow(2).sum())
+
+    return use
+
+
+def penalty_of_logits(z: Tensor, y: Tensor) -> Tensor:
+    (g,) = torch.autograd.grad(z.softmax(-1).pow(2).sum(), z, create_graph=True)
+    return backward(F.cross_entropy(z, y) + g.pow(2).sum())
+
+
 STREAMED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "cross_entropy": lambda z, y: backward(F.cross_entropy(z, y)),
     "module": lambda z, y: backward(nn.BCEWithLogitsLoss()(z, F.one_hot(y, L).float())),
@@ -214,6 +232,9 @@ MADE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "grad_of_both": lambda z, y: torch.autograd.grad(F.cross_entropy(z, y) + z.exp().sum(), z)[0],
     "retain_grad": retained,
     "hook": hooked,
+    "penalty": penalty(),
+    "penalty_of_softmax": penalty(lambda z: z[1:], lambda z: z.softmax(-1)),
+    "penalty_of_logits": penalty_of_logits,
     "in_another_graph": in_another_graph,
     "written_in_another_graph": written_in_another_graph,
 }
@@ -228,7 +249,9 @@ def outcome(
     model: Any = Net()
     x, y = torch.randn(N, 8), torch.randint(0, L, (N,))
     run = torch.compile(model, backend="elmo", options={**OPTIONS, **options})
+    x.requires_grad_()
     z = run(x) if compiled else model(x)
+    z.features = x
     result = use(z, y)
     return result, [parameter.grad for parameter in model.parameters()], z
 
