@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -60,7 +61,8 @@ READS = _methods(
 
 
 WATCHES = _methods("register_hook", "retain_grad")
-"""Ask for the gradient of the logits: from then on losses are taken of the values."""
+"""Ask for the gradient of the logits: from then on losses are taken of the values, and a loss that
+was taken before is an error."""
 
 
 def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -84,7 +86,7 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         logits.become_view()
         return func(*args, **kwargs)
     if func in WATCHES:
-        logits.watched = True
+        logits.watch(func.__name__)
     if not logits.untouched:
         return NotImplemented
     root, _ = state.recipe()
@@ -241,9 +243,20 @@ def _streamed(logits: Deferred, step: Step) -> Any:
     passes = [found for at_weight in tops.values() for found in at_weight]
     if len(passes) == 1:
         root.collect(passes[0])
-    if isinstance(result, Tensor) and result.requires_grad:
-        state.remember(result, step)
+    if grad:
+        _remember(logits, step, result)
     return result
+
+
+def _remember(logits: Deferred, step: Step, result: Any) -> None:
+    """Note what a gradient may be asked of: a loss, or parts of what `step` returned."""
+    if isinstance(result, Tensor):
+        found = [(result, [step])]
+    else:
+        found = [(p, [step, Step(operator.getitem, (i,), {})]) for i, p in enumerate(result)]
+    for part, steps in found:
+        if part.requires_grad:
+            logits.remember(part, *steps)
 
 
 def _collecting(root: Root, state: State, step: Step) -> AbstractContextManager[Tops]:

@@ -30,8 +30,6 @@ class State:
         self.in_graph = capturing(fake.device)
         """Made while a CUDA graph was captured: what is computed then its replays compute again;
         what is computed later is not kept, since they change what it was computed from."""
-        self.losses: list[tuple[Tensor, list[Step]]] = []
-        """Losses streamed from this state, and the steps from here to each."""
 
     @property
     def outlives_capture(self) -> bool:
@@ -84,10 +82,6 @@ class State:
 
     def _make(self) -> Tensor:
         raise NotImplementedError
-
-    def remember(self, loss: Tensor, *steps: Step) -> None:
-        """Note a loss that was streamed, for `torch.autograd.grad(loss, logits)`."""
-        self.losses.append((loss, list(steps)))
 
     def after_change(self) -> None:
         """A weight among the inputs may have changed uncounted."""
@@ -223,10 +217,6 @@ class Derived(State):
             root, steps = self.parent.recipe()
             return root.remake(steps)
         return self.parent.real()
-
-    def remember(self, loss: Tensor, *steps: Step) -> None:
-        super().remember(loss, *steps)
-        self.parent.remember(loss, self.step, *steps)
 
     @property
     def is_view(self) -> bool:

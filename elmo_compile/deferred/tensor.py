@@ -29,6 +29,8 @@ class Deferred(Tensor):
     """Logits that are computed when their values are needed."""
 
     _state: State
+    losses: list[tuple[Tensor, list[Step]]]
+    """What was streamed from this very tensor, and the steps from here to each result."""
     watched = False
     """Whether someone asked for the gradient of these logits."""
     _entered: Any = None
@@ -44,7 +46,7 @@ class Deferred(Tensor):
             dtype=state.fake.dtype,
             device=state.fake.device,
         )
-        made._state = state
+        made._state, made.losses = state, []
         found: Deferred = made
         return found
 
@@ -117,6 +119,27 @@ class Deferred(Tensor):
         state = self._state
         source = state.source if isinstance(state, Derived) else None
         return self.watched or (isinstance(source, Deferred) and source.asked_for)
+
+    def remember(self, loss: Tensor, *steps: Step) -> None:
+        """Note a result that was streamed, for `torch.autograd.grad(loss, logits)`."""
+        self.losses.append((loss, list(steps)))
+        state = self._state
+        if isinstance(state, Derived) and isinstance(state.source, Deferred):
+            state.source.remember(loss, state.step, *steps)
+
+    def watch(self, how: str) -> None:
+        """Someone asks for the gradient of these logits.
+
+        Raises:
+            RuntimeError: a loss of them was streamed: in its graph they are not.
+        """
+        if self.losses:
+            raise RuntimeError(
+                f"elmo_compile: `{how}` of deferred logits comes after a loss of them, whose "
+                "backward would not see it; call it before the loss is taken, or take the loss of "
+                "logits.materialize()"
+            )
+        self.watched = True
 
     @property
     def elmo_values(self) -> Tensor:

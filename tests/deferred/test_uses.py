@@ -163,6 +163,18 @@ def penalty_of_logits(z: Tensor, y: Tensor) -> Tensor:
     return backward(F.cross_entropy(z, y) + g.pow(2).sum())
 
 
+def grad_of_a_detached_leaf(z: Tensor, y: Tensor) -> list[Tensor]:
+    leaf = z.detach().requires_grad_()
+    loss = 3 * F.cross_entropy(z, y) + F.cross_entropy(leaf, y)
+    return [*torch.autograd.grad(loss, [leaf, z])]
+
+
+def grad_of_a_scale(z: Tensor, y: Tensor) -> list[Tensor | None]:
+    scale = torch.ones((), requires_grad=True)
+    loss = F.cross_entropy(z.detach() * scale, y) + F.cross_entropy(z, y)
+    return [*torch.autograd.grad(loss, [z, scale])]
+
+
 STREAMED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "cross_entropy": lambda z, y: backward(F.cross_entropy(z, y)),
     "module": lambda z, y: backward(nn.BCEWithLogitsLoss()(z, F.one_hot(y, L).float())),
@@ -230,6 +242,11 @@ MADE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "grad_of_streamed": lambda z, y: torch.autograd.grad(F.cross_entropy(z, y), z)[0],
     "grad_of_cast": lambda z, y: torch.autograd.grad(3 * F.cross_entropy(z.double(), y), [z])[0],
     "grad_of_both": lambda z, y: torch.autograd.grad(F.cross_entropy(z, y) + z.exp().sum(), z)[0],
+    "grad_of_top": lambda z, y: torch.autograd.grad(
+        F.cross_entropy(z, y) + z.double().topk(3)[0].sum() + z.max(-1)[0].sum(), z
+    )[0],
+    "grad_of_a_detached_leaf": grad_of_a_detached_leaf,
+    "grad_of_a_scale": grad_of_a_scale,
     "retain_grad": retained,
     "hook": hooked,
     "penalty": penalty(),
@@ -296,6 +313,28 @@ def test_what_a_tensor_with_a_gradient_refuses(name: str) -> None:
             outcome(uses[name], compiled=compiled)
         errors.append((caught.type, str(caught.value)))
     assert errors[0] == errors[1]
+
+
+WATCHERS: dict[str, Callable[[Tensor], Any]] = {
+    "register_hook": lambda z: z.register_hook(lambda grad: grad * 0),
+    "retain_grad": lambda z: z.retain_grad(),
+}
+
+
+@pytest.mark.parametrize("name", list(WATCHERS))
+def test_asking_for_the_gradient_after_the_loss_is_refused(name: str) -> None:
+    def use(z: Tensor, y: Tensor) -> None:
+        F.cross_entropy(z.double(), y)
+        WATCHERS[name](z)
+
+    def after_metrics(z: Tensor, y: Tensor) -> None:
+        F.cross_entropy(z.detach(), y)
+        z.argmax(-1)
+        WATCHERS[name](z)
+
+    with pytest.raises(RuntimeError, match=f"`{name}` of deferred logits .* before the loss"):
+        outcome(use, compiled=True)
+    outcome(after_metrics, compiled=True)
 
 
 def test_unused_logits_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
