@@ -200,8 +200,11 @@ class Derived(State):
 
     @property
     def source_changed(self) -> bool:
-        """Whether someone wrote into what the step is applied to."""
-        return bool(getattr(self.source, "written", True))
+        """Whether someone wrote into what the step is applied to, or into what that is made of."""
+        if getattr(self.source, "written", True):
+            return True
+        behind = getattr(self.source, "_state", None)
+        return isinstance(behind, Derived) and behind.source_changed
 
     @property
     def available(self) -> bool:

@@ -73,9 +73,9 @@ class Deferred(Tensor):
     def become_view(self) -> None:
         """Turn a deferred view into the view itself: a write into it must reach what it views."""
         state = self._state
-        if not isinstance(state, Derived):
+        if not isinstance(state, Derived) or not state.is_view:
             return
-        if isinstance(state.source, Deferred) and state.is_view:
+        if isinstance(state.source, Deferred):
             state.source.become_view()
         with torch._C.DisableTorchFunctionSubclass():
             view = state.step(state.source)
@@ -327,6 +327,8 @@ def derive(logits: Deferred, step: Step) -> Tensor | None:
         return None
     if not isinstance(made, Tensor):
         return None
+    if made is logits._state.fake:
+        return logits  # As torch does: a cast to the dtype it has is the tensor itself.
     state = Derived(logits, logits._state, step.frozen(), made)
     derived: Deferred = Derive.apply(state, logits)  # type: ignore[no-untyped-call]
     if logits.attached:

@@ -126,6 +126,34 @@ def cast_of_a_view_before_a_write(z: Tensor, y: Tensor) -> Tensor:
     return backward(cast.exp().mean() + F.cross_entropy(z, y) + view.sum())
 
 
+def view_of_a_view_before_a_write(z: Tensor, y: Tensor) -> list[Tensor]:
+    d = z.detach()
+    part, top = d.view(2, 3, L)[:, 1], d.view(2, 3, L)[0]
+    d.zero_()
+    return [part.sum(), top.argmax(-1), top[1:].logsumexp(-1)]
+
+
+def view_of_a_cast_before_a_write(z: Tensor, y: Tensor) -> Tensor:
+    """A cast is a copy: what is written later does not reach it, nor its views."""
+    part = z.double()[1:]
+    z.mul_(2.0)
+    return backward(F.cross_entropy(part[1:], y[2:]) + F.cross_entropy(z, y))
+
+
+def write_view_of_a_cast(z: Tensor, y: Tensor) -> Tensor:
+    cast = z.double()
+    part = cast[1:]
+    z.mul_(2.0)
+    part.mul_(3.0)
+    return backward(F.cross_entropy(cast, y) + F.cross_entropy(z, y))
+
+
+def write_into_a_cast_to_itself(z: Tensor, y: Tensor) -> Tensor:
+    for same in (z.float(), z.contiguous(), z.to(torch.float32), z.reshape(N, L)):
+        same[:, 0] += 1.0
+    return backward(F.cross_entropy(z, y))
+
+
 def temperature_changed_later(z: Tensor, y: Tensor) -> Tensor:
     temperature = torch.tensor(0.5)
     scaled = z.detach() / temperature
@@ -234,6 +262,10 @@ MADE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "view_made_before_a_write": view_made_before_a_write,
     "cast_of_a_view_before_a_write": cast_of_a_view_before_a_write,
     "hook_on_what_it_is_made_from": hook_on_what_it_is_made_from,
+    "view_of_a_view_before_a_write": view_of_a_view_before_a_write,
+    "view_of_a_cast_before_a_write": view_of_a_cast_before_a_write,
+    "write_view_of_a_cast": write_view_of_a_cast,
+    "write_into_a_cast_to_itself": write_into_a_cast_to_itself,
     "data_replaced": with_other_data,
     "stacked": lambda z, y: torch.stack([z, z]),
     "own_leaf": own_leaf,
