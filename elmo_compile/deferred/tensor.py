@@ -192,6 +192,17 @@ class Deferred(Tensor):
         return result
 
 
+@functools.cache
+def _keep_from_dynamo() -> None:
+    """Let Dynamo trace through `__torch_function__`, but not compile it as a function of its own
+    where a graph broke before: there it would be compiling, and what it does then is not what it
+    is to do when it runs. Tried on torch 2.11, 2.13 and 2.15."""
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+    function: Any = Deferred.__torch_function__
+    frames.set_code_exec_strategy(function.__func__.__code__, skip)
+
+
 _SHAPED = frozenset(
     getattr(torch.ops.aten, name).default
     for name in ("ones_like", "zeros_like", "empty_like", "full_like", "rand_like", "randn_like",
@@ -293,6 +304,7 @@ def defer(
         results: its results, with what the recipe reads behind them.
         collected: `TopRows` of the loss pass over these logits, if it made them.
     """
+    _keep_from_dynamo()
     grad = origin.output.requires_grad and torch.is_grad_enabled()
     sources = origin.output.sources
     carried = {position for kind, position in sources if kind == "carrier"}

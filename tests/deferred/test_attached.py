@@ -113,3 +113,20 @@ def test_logits_in_their_own_graph_are_not_made() -> None:
     F.cross_entropy(z.double() / 2, y).backward()
     assert isinstance(z, Deferred)
     assert z._state.values is None
+
+
+def test_a_forward_hook_of_a_module_compiled_in_place_hooks_the_logits() -> None:
+    def double(module: nn.Module, args: Any, z: Tensor) -> Tensor:
+        z.register_hook(lambda grad: 2 * grad)
+        return z
+
+    found = []
+    x, y = data()
+    for through in (False, True):
+        model = net()
+        if through:
+            model.compile(backend="elmo", options=OPTIONS)
+        model.register_forward_hook(double)
+        F.cross_entropy(model(x), y).backward()
+        found.append(model[0].weight.grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
