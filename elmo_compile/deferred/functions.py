@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 from elmo_compile.deferred.gradient import gradient
 from elmo_compile.deferred.origin import FAKES, fake
 from elmo_compile.deferred.state import Derived, Root, State
-from elmo_compile.deferred.step import Step
+from elmo_compile.deferred.step import Step, as_argument
 from elmo_compile.deferred.tensor import Deferred, derive
 from elmo_compile.ops.kept import KEPT, Tops, collecting
 from elmo_compile.ops.owners import owner_of
@@ -88,6 +89,10 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in WATCHES:
         logits.watch(func.__name__)
     if not logits.untouched:
+        return NotImplemented
+    try:
+        rest, named = pytree.tree_map(functools.partial(as_argument, func), (rest, named))
+    except TypeError:
         return NotImplemented
     root, _ = state.recipe()
     if not isinstance(root, Root):

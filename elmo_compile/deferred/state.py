@@ -247,8 +247,8 @@ class Derived(State):
                 values.reshape(*rows, values.shape[-1]),
                 indices.reshape(*rows, values.shape[-1]),
             )
-        wider = self.fake.element_size() >= self.parent.fake.element_size()
         # Rounded to fewer bits, other logits may tie with the largest.
+        wider = torch.promote_types(self.parent.fake.dtype, self.fake.dtype) == self.fake.dtype
         if wider and name in ("float", "double", "half", "bfloat16", "to", "type"):
             return first, values.to(self.fake.dtype), indices
         return None

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -220,6 +221,15 @@ STREAMED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "rows": lambda z, y: backward(F.cross_entropy(z, y, reduction="none").mean()),
     "own_loss": lambda z, y: backward((z.logsumexp(-1) - z.gather(1, y[:, None])[:, 0]).mean()),
     "log_probability": lambda z, y: z.detach().log_softmax(-1).gather(1, y[:, None]),
+    "numpy_scale": lambda z, y: backward(F.cross_entropy(z / np.sqrt(768) * np.float32(0.5), y)),
+    "numpy_index": lambda z, y: z[np.int64(2)].softmax(-1),
+    "numpy_indices": lambda z, y: backward(F.cross_entropy(z[np.array([0, 2])], y[[0, 2]])),
+    "numpy_mask": lambda z, y: backward(F.cross_entropy(z[(y > 100).numpy()], y[y > 100])),
+    "numpy_slice": lambda z, y: backward(F.cross_entropy(z[np.int64(1) : np.int64(3)], y[1:3])),
+    "numpy_k": lambda z, y: list(z.topk(np.int64(3))),
+    "numpy_smoothing": lambda z, y: backward(
+        F.cross_entropy(z, y, label_smoothing=np.float32(0.25))
+    ),
     "argmax": lambda z, y: z.argmax(-1),
     "argmax_of_permuted": lambda z, y: z[:, torch.arange(L - 1, -1, -1)].argmax(-1),
     "temperature_changed_later": temperature_changed_later,
@@ -249,6 +259,7 @@ MADE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "materialize": lambda z, y: backward(
         F.cross_entropy(z.materialize() if isinstance(z, Deferred) else z, y)
     ),
+    "numpy_factors": lambda z, y: (z.detach() * np.linspace(0, 1, L, dtype=np.float32)).sum(),
     "argmax_of_all": lambda z, y: z.argmax(),
     "item": lambda z, y: z[2, 5].item(),
     "numpy": lambda z, y: torch.from_numpy(z.detach().numpy()),
@@ -425,6 +436,31 @@ def test_a_write_into_logits_in_inference_mode() -> None:
         torch.testing.assert_close(F.cross_entropy(z, y), F.cross_entropy(2 * plain, y))
         torch.testing.assert_close(view.sum(), plain[:3].sum() + 2 * plain[3:].sum())
         torch.testing.assert_close(F.cross_entropy(double, y), F.cross_entropy(plain.double(), y))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.bfloat16, torch.float16])
+def test_the_largest_after_a_narrowing_cast_are_those_of_the_cast(dtype: torch.dtype) -> None:
+    def use(z: Tensor, y: Tensor) -> Tensor:
+        # Rounded, whole rows tie but for one entry that two logits reach.
+        return (z.detach() * 3e-8 + (3.0 if dtype.is_floating_point else 0)).to(dtype).argmax(-1)
+
+    def plain(z: Tensor, y: Tensor) -> Tensor:
+        return z.detach().to(dtype).argmax(-1)
+
+    for read in (use, plain):
+        theirs, mine = (outcome(read, compiled=through)[0] for through in (False, True))
+        assert torch.equal(mine, theirs)
+
+
+def test_two_long_index_arrays_are_two_programs() -> None:
+    def use(z: Tensor, y: Tensor) -> list[Tensor]:
+        first = np.zeros(2000, dtype=np.int64)
+        second = first.copy()
+        second[1000] = 3
+        return [F.cross_entropy(z[i], y[torch.as_tensor(i)]) for i in (first, second)]
+
+    theirs, mine = (outcome(use, compiled=through)[0] for through in (False, True))
+    assert_alike(mine, theirs)
 
 
 def test_switched_off() -> None:
