@@ -37,6 +37,12 @@ STAYS_DEFERRED = _methods(
 ) | {F.softmax, F.log_softmax, F.logsigmoid}  # fmt: skip
 """One tensor in, one out, and nothing read of it but by the next operation."""
 
+SCALES = _methods(
+    "mul", "div", "add", "sub", "__mul__", "__rmul__", "__truediv__", "__add__", "__radd__",
+    "__sub__", "multiply", "divide", "true_divide",
+)  # fmt: skip
+"""Take a number that is a tensor to the program: an annealed temperature is one program."""
+
 LOSSES = {
     F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.binary_cross_entropy,
     F.multi_margin_loss, F.multilabel_soft_margin_loss, F.soft_margin_loss, F.hinge_embedding_loss,
@@ -102,6 +108,7 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     elif func in LOSSES or (func in ROWS and not _fused(logits, root)):
         return _streamed(logits, Step(func, rest, named))
     if func in STAYS_DEFERRED and _stays(func, rest, named, logits):
+        rest = _with_tensor_scale(logits, rest) if func in SCALES else rest
         made = derive(logits, Step(func, *_indexed(func, rest), named))
         return NotImplemented if made is None else made
     return NotImplemented
@@ -154,6 +161,17 @@ def _stays(func: Any, rest: tuple[Any, ...], named: dict[str, Any], logits: Defe
     if name == "__getitem__":
         return True
     return not any(isinstance(g, Tensor) and g.numel() != 1 for g in given)
+
+
+def _with_tensor_scale(logits: Deferred, rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A float as a tensor that leaves the dtype of the result as it is."""
+    dtype = logits.dtype
+    if len(rest) != 1 or type(rest[0]) is not float or logits.ndim == 0:
+        return rest
+    if not dtype.is_floating_point:
+        return rest
+    wide = torch.promote_types(dtype, torch.float32)
+    return (torch.full((), rest[0], dtype=wide, device=logits.device),)
 
 
 def _indexed(func: Any, rest: tuple[Any, ...]) -> tuple[tuple[Any, ...]]:

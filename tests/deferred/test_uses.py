@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import elmo_compile as elmo
 from elmo_compile.deferred import Deferred
+from elmo_compile.deferred.origin import Recent
 from elmo_compile.deferred.state import State
 
 N, L = 6, 500
@@ -461,6 +462,41 @@ def test_two_long_index_arrays_are_two_programs() -> None:
 
     theirs, mine = (outcome(use, compiled=through)[0] for through in (False, True))
     assert_alike(mine, theirs)
+
+
+def test_an_annealed_temperature_is_one_program() -> None:
+    def use(z: Tensor, y: Tensor) -> list[Tensor]:
+        scales = [0.5 + i / 10 for i in range(5)]
+        return [F.cross_entropy((0.1 + z / scale * scale**2 - 0.2), y) for scale in scales]
+
+    theirs, _, _ = outcome(use, compiled=False)
+    mine, _, z = outcome(use, compiled=True)
+    assert_alike(mine, theirs)
+    assert len(z._state.origin._programs) == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+def test_numbers_leave_dtypes_as_they_are(dtype: torch.dtype) -> None:
+    def use(z: Tensor, y: Tensor) -> list[Tensor]:
+        narrow = z.detach().to(dtype)
+        return [narrow / 0.7 + 0, narrow[0] * 0.7 + 0, narrow[0, 0] + 0.7 + 0]
+
+    theirs, mine = (outcome(use, compiled=through)[0] for through in (False, True))
+    for one, other in zip(mine, theirs):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one + 0, other + 0)
+
+
+def test_what_is_remembered_of_a_recipe_is_bounded() -> None:
+    recent: Recent[int] = Recent(2)
+    made: list[int] = []
+
+    def get(key: int) -> int:
+        return recent.get_or(key, lambda: made.append(key) or key)  # type: ignore[func-returns-value]
+
+    assert [get(key) for key in (1, 2, 1, 3, 1, 2)] == [1, 2, 1, 3, 1, 2]
+    assert made == [1, 2, 3, 2]
+    assert len(recent) == 2
 
 
 def test_switched_off() -> None:
