@@ -75,6 +75,8 @@ class Origin:
         self._top = top
         self._programs: Recent[Callable[..., Any]] = Recent(PROGRAMS)
         self._shapes: Recent[Tensor] = Recent(SHAPES)
+        self.has_loss = False
+        """Whether the graph that returned the logits computes a loss of them as well."""
         self.bare_product = bare_product(output)
         self.large = self.keeps_whole == 0
         """Whether the logits of the last call were too many to be kept whole."""

@@ -133,6 +133,13 @@ class Deferred(Tensor):
         Raises:
             RuntimeError: a loss of them was streamed: in its graph they are not.
         """
+        root, _ = self._state.recipe()
+        if self.attached and isinstance(root, Root) and root.origin.has_loss:
+            raise RuntimeError(
+                f"elmo_compile: `{how}` of deferred logits that a compiled function returned "
+                "beside a loss of them, whose backward would not see it; compile with "
+                "options={'deferred_logits': False}, or take the loss outside"
+            )
         if self.losses:
             raise RuntimeError(
                 f"elmo_compile: `{how}` of deferred logits comes after a loss of them, whose "

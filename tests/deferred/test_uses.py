@@ -381,6 +381,27 @@ def test_asking_for_the_gradient_after_the_loss_is_refused(name: str) -> None:
     outcome(after_metrics, compiled=True)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", list(WATCHERS))
+def test_asking_for_the_gradient_beside_a_loss_of_the_same_graph_is_refused(
+    name: str, smoothing: float
+) -> None:
+    torch._dynamo.reset()
+    model = Net()
+
+    def both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = model(x)
+        return F.cross_entropy(z, y, label_smoothing=smoothing), z
+
+    run = torch.compile(both, backend="elmo", options=OPTIONS)
+    x, y = torch.randn(N, 8), torch.randint(0, L, (N,))
+    loss, z = run(x, y)
+    with pytest.raises(RuntimeError, match="'deferred_logits': False"):
+        WATCHERS[name](z)
+    loss.backward()
+    WATCHERS[name](z.detach().requires_grad_())
+
+
 def test_unused_logits_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(self: State) -> Tensor:
         raise AssertionError("the values were made")
