@@ -85,7 +85,10 @@ class CompiledGraph:
 
     def _origin(self, output: DeferredOutput, top: PlannedHead) -> Origin:
         made = rewrite(top.match.region.site.module, [top], [False], grad=False)
-        return Origin(output, made.module, self.options, self.made[output.seed])
+        origin = Origin(output, made.module, self.options, self.made[output.seed])
+        heads = self.analysis.heads
+        origin.has_loss = any(output.seed in head.match.region.nodes for head in heads)
+        return origin
 
     def compile_first(self, inputs: Sequence[Any]) -> None:
         """Compile the variant these inputs call for; others follow when a call needs them."""

@@ -54,6 +54,31 @@ def test_activation_checkpointing_updates_once(options: dict, where: str) -> Non
     assert updates(opt, model.head.weight) == 2
 
 
+@pytest.mark.parametrize("options", LOWERINGS)
+@pytest.mark.parametrize("logits", ["kept in", "deferred"])
+def test_a_loss_without_kernels_of_its_own_compiled_inside_a_checkpoint(
+    options: dict, logits: str
+) -> None:
+    """What is saved while compiling is not counted as saved by the first forward."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, LABELS))
+    x, y = torch.randn(6, 5, requires_grad=True), torch.randint(0, LABELS, (6,))
+
+    def loss(run: nn.Module) -> torch.Tensor:
+        return F.cross_entropy(run(x), y, label_smoothing=0.1)
+
+    (want,) = torch.autograd.grad(loss(model), x)
+    if logits == "deferred":
+        run = torch.compile(model, backend="elmo", options=options)
+        made = checkpoint(lambda x: loss(run), x, use_reentrant=False)
+    else:
+        whole = torch.compile(lambda x: loss(model), backend="elmo", options=options)
+        made = checkpoint(whole, x, use_reentrant=False)
+    (got,) = torch.autograd.grad(made, x)
+    torch.testing.assert_close(got, want)
+
+
 def test_saved_tensor_hooks() -> None:
     model = net()
     want = reference(model, 2)

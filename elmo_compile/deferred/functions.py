@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,7 +17,7 @@ from torch.utils import _pytree as pytree
 from elmo_compile.deferred.gradient import gradient
 from elmo_compile.deferred.origin import FAKES, fake
 from elmo_compile.deferred.state import Derived, Root, State
-from elmo_compile.deferred.step import Step
+from elmo_compile.deferred.step import Step, as_argument
 from elmo_compile.deferred.tensor import Deferred, derive
 from elmo_compile.ops.data_parallel import inside
 from elmo_compile.ops.kept import KEPT, Tops, collecting
@@ -35,6 +37,12 @@ STAYS_DEFERRED = _methods(
     "__radd__", "__sub__", "multiply", "divide", "true_divide",
 ) | {F.softmax, F.log_softmax, F.logsigmoid}  # fmt: skip
 """One tensor in, one out, and nothing read of it but by the next operation."""
+
+SCALES = _methods(
+    "mul", "div", "add", "sub", "__mul__", "__rmul__", "__truediv__", "__add__", "__radd__",
+    "__sub__", "multiply", "divide", "true_divide",
+)  # fmt: skip
+"""Take a number that is a tensor to the program: an annealed temperature is one program."""
 
 LOSSES = {
     F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.binary_cross_entropy,
@@ -61,7 +69,8 @@ READS = _methods(
 
 
 WATCHES = _methods("register_hook", "retain_grad")
-"""Ask for the gradient of the logits: from then on losses are taken of the values."""
+"""Ask for the gradient of the logits: from then on losses are taken of the values, and a loss that
+was taken before is an error."""
 
 
 def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -87,8 +96,12 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if named.get("out") is not None:
         return NotImplemented
     if func in WATCHES:
-        logits.watched = True
+        logits.watch(func.__name__)
     if not logits.untouched:
+        return NotImplemented
+    try:
+        rest, named = pytree.tree_map(functools.partial(as_argument, func), (rest, named))
+    except TypeError:
         return NotImplemented
     root, _ = state.recipe()
     if not isinstance(root, Root):
@@ -98,6 +111,7 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     elif func in LOSSES or (func in ROWS and not _fused(logits, root)):
         return _streamed(logits, Step(func, rest, named))
     if func in STAYS_DEFERRED and _stays(func, rest, named, logits):
+        rest = _with_tensor_scale(logits, rest) if func in SCALES else rest
         made = derive(logits, Step(func, *_indexed(func, rest), named))
         return NotImplemented if made is None else made
     return NotImplemented
@@ -150,6 +164,17 @@ def _stays(func: Any, rest: tuple[Any, ...], named: dict[str, Any], logits: Defe
     if name == "__getitem__":
         return True
     return not any(isinstance(g, Tensor) and g.numel() != 1 for g in given)
+
+
+def _with_tensor_scale(logits: Deferred, rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A float as a tensor that leaves the dtype of the result as it is."""
+    dtype = logits.dtype
+    if len(rest) != 1 or type(rest[0]) is not float or logits.ndim == 0:
+        return rest
+    if not dtype.is_floating_point:
+        return rest
+    wide = torch.promote_types(dtype, torch.float32)
+    return (torch.full((), rest[0], dtype=wide, device=logits.device),)
 
 
 def _indexed(func: Any, rest: tuple[Any, ...]) -> tuple[tuple[Any, ...]]:
@@ -244,9 +269,20 @@ def _streamed(logits: Deferred, step: Step) -> Any:
     passes = [found for at_weight in tops.values() for found in at_weight]
     if len(passes) == 1:
         root.collect(passes[0])
-    if isinstance(result, Tensor) and result.requires_grad:
-        state.remember(result, step)
+    if grad:
+        _remember(logits, step, result)
     return result
+
+
+def _remember(logits: Deferred, step: Step, result: Any) -> None:
+    """Note what a gradient may be asked of: a loss, or parts of what `step` returned."""
+    if isinstance(result, Tensor):
+        found = [(result, [step])]
+    else:
+        found = [(p, [step, Step(operator.getitem, (i,), {})]) for i, p in enumerate(result)]
+    for part, steps in found:
+        if part.requires_grad:
+            logits.remember(part, *steps)
 
 
 def _collecting(root: Root, state: State, step: Step) -> AbstractContextManager[Tops]:

@@ -30,10 +30,7 @@ def gradient(
     """
     asked = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     losses = {
-        id(loss): loss
-        for value in asked
-        if isinstance(value, Deferred)
-        for loss, _ in value._state.losses
+        id(loss): loss for value in asked if isinstance(value, Deferred) for loss, _ in value.losses
     }
     if losses and (create_graph or is_grads_batched):
         raise RuntimeError(
@@ -68,7 +65,7 @@ def _with_losses(
 ) -> Tensor | None:
     """The gradient of logits through their own graph and through each streamed loss."""
     total = direct
-    for loss, steps in logits._state.losses:
+    for loss, steps in logits.losses:
         upstream = by_loss[id(loss)]
         if upstream is not None:
             part = _through(logits._state.real(), steps, upstream)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.fx as fx
@@ -21,6 +22,33 @@ from elmo_compile.passes.records import DeferredOutput
 
 WHOLE = 64 * 2**20
 """Bytes of logits that are kept whole when the weight changes, where no memory budget is given."""
+
+
+PROGRAMS, SHAPES = 64, 1024
+"""Compiled losses and metrics, and shapes of logits, that one recipe remembers."""
+
+T = TypeVar("T")
+
+
+class Recent(Generic[T]):
+    """What was made for the keys that were asked for last."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._found: OrderedDict[Any, T] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def get_or(self, key: Any, make: Callable[[], T]) -> T:
+        """What was made for `key`, made now if it was not or was forgotten."""
+        found = self._found.pop(key, None)
+        if found is None:
+            found = make()
+        self._found[key] = found
+        while len(self._found) > self.limit:
+            self._found.popitem(last=False)
+        return found
 
 
 class Origin:
@@ -45,8 +73,10 @@ class Origin:
         self.made = made
         self.options = options
         self._top = top
-        self._programs: dict[Any, Callable[..., Any]] = {}
-        self._shapes: dict[Any, Tensor] = {}
+        self._programs: Recent[Callable[..., Any]] = Recent(PROGRAMS)
+        self._shapes: Recent[Tensor] = Recent(SHAPES)
+        self.has_loss = False
+        """Whether the graph that returned the logits computes a loss of them as well."""
         self.bare_product = bare_product(output)
         self.large = self.keeps_whole == 0
         """Whether the logits of the last call were too many to be kept whole."""
@@ -81,18 +111,18 @@ class Origin:
             (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
             for value in inputs
         )
-        if key not in self._shapes:
+
+        def made() -> Tensor:
             with FAKES, torch.no_grad():
-                self._shapes[key] = self.make([fake(value) for value in inputs])
-        return self._shapes[key]
+                return self.make([fake(value) for value in inputs])
+
+        return self._shapes.get_or(key, made)
 
     def program(self, steps: Sequence[Step]) -> Callable[..., Any]:
         """The recipe followed by `steps`, compiled by this backend: of the inputs (without
         carriers) and then of the steps' tensors. The steps run in the caller's autocast mode."""
         key = (self._in_mode(), *(step.key for step in steps))
-        if key not in self._programs:
-            self._programs[key] = self._compile(self._joined(_behind(steps)))
-        return self._programs[key]
+        return self._programs.get_or(key, lambda: self._compile(self._joined(_behind(steps))))
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         options = dataclasses.replace(self.options, deferred_logits=False, strict=False)

@@ -31,8 +31,6 @@ class State:
         self.in_graph = capturing(fake.device)
         """Made while a CUDA graph was captured: what is computed then its replays compute again;
         what is computed later is not kept, since they change what it was computed from."""
-        self.losses: list[tuple[Tensor, list[Step]]] = []
-        """Losses streamed from this state, and the steps from here to each."""
 
     @property
     def outlives_capture(self) -> bool:
@@ -86,9 +84,8 @@ class State:
     def _make(self) -> Tensor:
         raise NotImplementedError
 
-    def remember(self, loss: Tensor, *steps: Step) -> None:
-        """Note a loss that was streamed, for `torch.autograd.grad(loss, logits)`."""
-        self.losses.append((loss, list(steps)))
+    def after_change(self) -> None:
+        """A weight among the inputs may have changed uncounted."""
 
     def top(self) -> tuple[Tensor, ...] | None:
         """Argmax, five largest values and indices of each row; None if that does not apply."""
@@ -104,14 +101,24 @@ class Root(State):
         self._collected: Any = None
         if collected is not None:
             self.collect(collected)
-        self.inputs = tuple(inputs)
+        self.inputs = tuple(self._held(value) for value in inputs)
         self.data_parallel = active_wrapper()
         """The DistributedDataParallel in whose forward they were made: their losses are its."""
-        self._versions = [version(value) for value in inputs]
+        self._versions = [version(value) for value in self.inputs]
+        self._outdated = False
         self._top: tuple[Tensor, ...] | None = None
-        for value in inputs:
+        for value in self.inputs:
             if isinstance(value, torch.nn.Parameter):
                 watch(value, self)
+
+    def _held(self, value: Any) -> Any:
+        """An input as it is now: a copy of features whose writes torch does not count."""
+        if not isinstance(value, Tensor) or not value.is_inference():
+            return value
+        weight = isinstance(value, torch.nn.Parameter) or (
+            self.fake.shape[-1] in value.shape and value.shape[:-1] != self.fake.shape[:-1]
+        )
+        return value if weight else value.clone()
 
     def remake(self, steps: Sequence[Step]) -> Tensor:
         self.check()
@@ -120,7 +127,7 @@ class Root(State):
     @property
     def stale(self) -> bool:
         """Whether an input changed since the forward."""
-        return [version(value) for value in self.inputs] != self._versions
+        return self._outdated or [version(value) for value in self.inputs] != self._versions
 
     def check(self) -> None:
         """Raise StaleLogitsError if the values can no longer be made."""
@@ -180,6 +187,9 @@ class Root(State):
         else:
             self.top()
 
+    def after_change(self) -> None:
+        self._outdated = True
+
 
 class Derived(State):
     """A cast, a view or another step after a state."""
@@ -193,8 +203,11 @@ class Derived(State):
 
     @property
     def source_changed(self) -> bool:
-        """Whether someone wrote into what the step is applied to."""
-        return bool(getattr(self.source, "written", True))
+        """Whether someone wrote into what the step is applied to, or into what that is made of."""
+        if getattr(self.source, "written", True):
+            return True
+        behind = getattr(self.source, "_state", None)
+        return isinstance(behind, Derived) and behind.source_changed
 
     @property
     def available(self) -> bool:
@@ -210,10 +223,6 @@ class Derived(State):
             root, steps = self.parent.recipe()
             return root.remake(steps)
         return self.parent.real()
-
-    def remember(self, loss: Tensor, *steps: Step) -> None:
-        super().remember(loss, *steps)
-        self.parent.remember(loss, self.step, *steps)
 
     @property
     def is_view(self) -> bool:
@@ -241,8 +250,8 @@ class Derived(State):
                 values.reshape(*rows, values.shape[-1]),
                 indices.reshape(*rows, values.shape[-1]),
             )
-        wider = self.fake.element_size() >= self.parent.fake.element_size()
         # Rounded to fewer bits, other logits may tie with the largest.
+        wider = torch.promote_types(self.parent.fake.dtype, self.fake.dtype) == self.fake.dtype
         if wider and name in ("float", "double", "half", "bfloat16", "to", "type"):
             return first, values.to(self.fake.dtype), indices
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.fx as fx
 from torch import Tensor
@@ -61,10 +62,25 @@ class Step:
         return args, kwargs
 
 
+def as_argument(func: Callable[..., Any], argument: Any) -> Any:
+    """An argument as a program can be written with it: numpy's numbers as Python's, its arrays as
+    tensors where they are indices. Raises TypeError for what programs are not told apart by."""
+    if isinstance(argument, slice):
+        ends = argument.start, argument.stop, argument.step
+        if any(isinstance(end, Tensor) for end in ends):
+            raise TypeError("a tensor in a slice")
+        return slice(*(as_argument(func, end) for end in ends))
+    if isinstance(argument, np.generic):
+        return argument.item()
+    if isinstance(argument, np.ndarray) and func is Tensor.__getitem__:
+        return torch.as_tensor(argument)
+    if not isinstance(argument, Tensor):
+        hash(argument)
+    return argument
+
+
 def _hashable(value: Any) -> Any:
-    try:
-        hash(value)
-    except TypeError:
-        return repr(value)
+    if isinstance(value, slice):
+        return slice, *map(_hashable, (value.start, value.stop, value.step))
     # 1, 1.0 and True are equal keys but different arguments.
     return type(value), value

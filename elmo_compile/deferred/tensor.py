@@ -29,10 +29,12 @@ class Deferred(Tensor):
     """Logits that are computed when their values are needed."""
 
     _state: State
+    losses: list[tuple[Tensor, list[Step]]]
+    """What was streamed from this very tensor, and the steps from here to each result."""
     watched = False
     """Whether someone asked for the gradient of these logits."""
-    attached = False
-    """Whether their gradient goes to the recipe's inputs, and only there."""
+    _entered: Any = None
+    """The autograd node that hands their gradient to the recipe's inputs, and only there."""
 
     @staticmethod
     def __new__(cls, state: State) -> Deferred:
@@ -44,7 +46,7 @@ class Deferred(Tensor):
             dtype=state.fake.dtype,
             device=state.fake.device,
         )
-        made._state = state
+        made._state, made.losses = state, []
         found: Deferred = made
         return found
 
@@ -71,20 +73,38 @@ class Deferred(Tensor):
     def become_view(self) -> None:
         """Turn a deferred view into the view itself: a write into it must reach what it views."""
         state = self._state
-        if not isinstance(state, Derived):
+        if not isinstance(state, Derived) or not state.is_view:
             return
-        if isinstance(state.source, Deferred) and state.is_view:
+        if isinstance(state.source, Deferred):
             state.source.become_view()
         with torch._C.DisableTorchFunctionSubclass():
             view = state.step(state.source)
         torch.utils.swap_tensors(self, view)  # type: ignore[no-untyped-call]
 
+    def attach(self) -> None:
+        """Their gradient goes to the recipe's inputs: by the node that they come out of now."""
+        self._entered = self._node
+
+    @property
+    def attached(self) -> bool:
+        """Whether their gradient goes to the recipe's inputs, and only there. It does not where
+        they became a leaf, or the result of another node, since they were made."""
+        return self._entered is not None and self._entered is self._node
+
+    @property
+    def _node(self) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.grad_fn
+
     @property
     def written(self) -> bool:
-        """Whether someone wrote into the logits, or into a view of them: torch counts it here."""
+        """Whether someone wrote into the logits, or into a view of them: torch counts it here,
+        but in inference mode, where whoever made the values may have."""
         if isinstance(self._state, Given):
             return True
         with torch._C.DisableTorchFunctionSubclass():
+            if self.is_inference():
+                return self._state.values is not None
             return bool(version(self))
 
     @property
@@ -99,6 +119,34 @@ class Deferred(Tensor):
         state = self._state
         source = state.source if isinstance(state, Derived) else None
         return self.watched or (isinstance(source, Deferred) and source.asked_for)
+
+    def remember(self, loss: Tensor, *steps: Step) -> None:
+        """Note a result that was streamed, for `torch.autograd.grad(loss, logits)`."""
+        self.losses.append((loss, list(steps)))
+        state = self._state
+        if isinstance(state, Derived) and isinstance(state.source, Deferred):
+            state.source.remember(loss, state.step, *steps)
+
+    def watch(self, how: str) -> None:
+        """Someone asks for the gradient of these logits.
+
+        Raises:
+            RuntimeError: a loss of them was streamed: in its graph they are not.
+        """
+        root, _ = self._state.recipe()
+        if self.attached and isinstance(root, Root) and root.origin.has_loss:
+            raise RuntimeError(
+                f"elmo_compile: `{how}` of deferred logits that a compiled function returned "
+                "beside a loss of them, whose backward would not see it; compile with "
+                "options={'deferred_logits': False}, or take the loss outside"
+            )
+        if self.losses:
+            raise RuntimeError(
+                f"elmo_compile: `{how}` of deferred logits comes after a loss of them, whose "
+                "backward would not see it; call it before the loss is taken, or take the loss of "
+                "logits.materialize()"
+            )
+        self.watched = True
 
     @property
     def elmo_values(self) -> Tensor:
@@ -149,6 +197,17 @@ class Deferred(Tensor):
         if writes and writes.is_write and isinstance(args[0], Deferred):
             return args[0]
         return result
+
+
+@functools.cache
+def _keep_from_dynamo() -> None:
+    """Let Dynamo trace through `__torch_function__`, but not compile it as a function of its own
+    where a graph broke before: there it would be compiling, and what it does then is not what it
+    is to do when it runs. Tried on torch 2.11, 2.13 and 2.15."""
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+    function: Any = Deferred.__torch_function__
+    frames.set_code_exec_strategy(function.__func__.__code__, skip)
 
 
 _SHAPED = frozenset(
@@ -207,19 +266,37 @@ class Derive(torch.autograd.Function):
             made: Tensor = state.step(inputs[0])
             return made
 
-        return (None, *_gradients(step, [state.before()], [True], grads[0]))
+        before = _before_in_graph(state) if torch.is_grad_enabled() else state.before()
+        return (None, *_gradients(step, [before], [True], grads[0]))
+
+
+def _before_in_graph(state: Derived) -> Tensor:
+    """What a step was applied to, with its gradient: the step is differentiated twice."""
+    if state.source_changed or not isinstance(state.source, Deferred):
+        raise RuntimeError(
+            "elmo_compile: a backward with create_graph=True reached deferred logits that were "
+            "written to since; call logits.materialize() before the write"
+        )
+    return state.source.materialize()
 
 
 def _gradients(make: Any, inputs: Sequence[Any], wanted: Sequence[bool], grad: Tensor) -> list[Any]:
-    """Gradients of a recomputed tensor with respect to those of its inputs that want one."""
-    leaves = [
-        value.detach().requires_grad_(wants) if isinstance(value, Tensor) else value
-        for value, wants in zip(inputs, wanted)
-    ]
+    """Gradients of a recomputed tensor with respect to those of its inputs that want one.
+
+    Under `create_graph` they are functions of the inputs themselves, as autograd's own are.
+    """
+    again = torch.is_grad_enabled()
+
+    def leaf(value: Any, wants: bool) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.view_as(value) if again and wants else value.detach().requires_grad_(wants)
+
+    leaves = [leaf(value, wants) for value, wants in zip(inputs, wanted)]
     with torch.enable_grad():
         made = make(leaves)
     asked = [leaf for leaf, wants in zip(leaves, wanted) if wants]
-    found = iter(torch.autograd.grad(made, asked, grad, allow_unused=True))
+    found = iter(torch.autograd.grad(made, asked, grad, allow_unused=True, create_graph=again))
     return [next(found) if wants else None for wants in wanted]
 
 
@@ -234,6 +311,7 @@ def defer(
         results: its results, with what the recipe reads behind them.
         collected: `TopRows` of the loss pass over these logits, if it made them.
     """
+    _keep_from_dynamo()
     grad = origin.output.requires_grad and torch.is_grad_enabled()
     sources = origin.output.sources
     carried = {position for kind, position in sources if kind == "carrier"}
@@ -250,7 +328,7 @@ def defer(
     origin.large = root.large
     with torch.set_grad_enabled(grad):
         made: Deferred = Defer.apply(root, *entering, *carriers)  # type: ignore[no-untyped-call]
-    made.attached = True
+    made.attach()
     excluded = any(isinstance(v, torch.nn.Parameter) and is_excluded(v) for v in values)
     if not excluded:
         return made
@@ -268,7 +346,10 @@ def derive(logits: Deferred, step: Step) -> Tensor | None:
         return None
     if not isinstance(made, Tensor):
         return None
+    if made is logits._state.fake:
+        return logits  # As torch does: a cast to the dtype it has is the tensor itself.
     state = Derived(logits, logits._state, step.frozen(), made)
     derived: Deferred = Derive.apply(state, logits)  # type: ignore[no-untyped-call]
-    derived.attached = logits.attached
+    if logits.attached:
+        derived.attach()
     return derived

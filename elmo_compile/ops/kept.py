@@ -14,7 +14,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.weak import WeakIdKeyDictionary
 
 KEPT = 5
@@ -30,16 +33,19 @@ class Watcher(Protocol):
     def before_change(self) -> None:
         """The weight is about to change."""
 
+    def after_change(self) -> None:
+        """The weight may have changed in a way that its version does not count."""
+
 
 _watchers: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_hook: Any = None
+_hooks: list[Any] = []
 
 
 def watch(weight: Tensor, watcher: Watcher) -> None:
     """Call `watcher.before_change()` before `weight` is next updated, while the watcher lives."""
-    global _hook
-    if _hook is None:
-        _hook = register_optimizer_step_pre_hook(_before_step)
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
     _watchers.setdefault(weight, weakref.WeakSet()).add(watcher)  # type: ignore[no-untyped-call]
 
 
@@ -50,11 +56,25 @@ def about_to_change(weight: Tensor) -> None:
 
 
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    for watcher in [w for weight in _stepped(optimizer) for w in _watchers[weight]]:
+        watcher.before_change()
+
+
+def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """A step that writes through `.data`, or by torch's fused kernels, counts no version: whatever
+    was made before it and of a weight with a gradient is of the past."""
+    for weight in _stepped(optimizer):
+        if weight.grad is not None:
+            for watcher in list(_watchers.pop(weight, ())):  # type: ignore[no-untyped-call]
+                watcher.after_change()
+
+
+def _stepped(optimizer: Any) -> list[Tensor]:
+    """The watched weights of an optimizer."""
     if not len(_watchers):
-        return
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            about_to_change(weight)
+        return []
+    groups = optimizer.param_groups
+    return [weight for group in groups for weight in group["params"] if weight in _watchers]
 
 
 _local = threading.local()

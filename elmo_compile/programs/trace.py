@@ -73,7 +73,7 @@ def trace(
     results = list(ends)
     if not grad:
         return Traced(forward.graph, len(zs), len(values), len(results), (), ())
-    with mode, _without_autocast():
+    with mode, _without_autocast(), _without_callers_hooks():
         diff, reached = _differentiable(forward, zs, values, wanted)
         if not diff or not reached:
             return Traced(forward.graph, len(zs), len(values), len(results), (), ())
@@ -279,6 +279,16 @@ def _without_autocast() -> Any:
         if torch.cuda.is_available():
             stack.enter_context(torch.autocast("cuda", enabled=False))
         yield
+
+
+def _without_callers_hooks() -> Any:
+    """What is saved while tracing is nobody's: not counted by a checkpoint around the first call,
+    nor offloaded. Of all such hooks the innermost are called."""
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _pure(module: fx.GraphModule) -> None:

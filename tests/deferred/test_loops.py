@@ -345,3 +345,49 @@ def test_a_loss_and_a_penalty_of_the_same_logits(update_at: str) -> None:
     theirs.step()
     for mine, other in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(mine, other)
+
+
+class WritesData(torch.optim.SGD):
+    """As many optimizers of other libraries."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.data.add_(p.grad, alpha=-0.5)
+
+
+UNCOUNTED = {
+    "fused": lambda params: torch.optim.AdamW(params, lr=0.5, fused=True),
+    "data": lambda params: WritesData(params, lr=0.5),
+}
+
+
+@pytest.mark.parametrize("name", list(UNCOUNTED))
+def test_steps_that_count_no_version(name: str) -> None:
+    torch.manual_seed(0)
+    model = fresh(Net())
+    opt = UNCOUNTED[name](model.parameters())
+    run: Any = torch.compile(model, backend="elmo", options={**OPTIONS, "deferred_logits": True})
+    x, y = batches(1)[0]
+    z, before = run(x), model(x).argmax(-1)
+    F.cross_entropy(z, y).backward()
+    opt.step()
+    assert torch.equal(z.argmax(-1), before)
+    for read in (
+        lambda: z.exp(),
+        lambda: F.cross_entropy(z, y),
+        lambda: z.detach().softmax(-1).sum(),
+    ):
+        with pytest.raises(elmo.StaleLogitsError):
+            read()
+
+
+def test_a_step_without_the_head_leaves_its_logits_readable() -> None:
+    torch.manual_seed(0)
+    model = fresh(Net())
+    opt = torch.optim.AdamW(model.head.parameters(), lr=0.5, fused=True)
+    run: Any = torch.compile(model, backend="elmo", options={**OPTIONS, "deferred_logits": True})
+    x, _ = batches(1)[0]
+    z = run(x)
+    opt.step()
+    torch.testing.assert_close(z + 0, model(x))

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import elmo_compile as elmo
 from elmo_compile.deferred import Deferred
+from elmo_compile.deferred.origin import Recent
 from elmo_compile.deferred.state import State
 
 N, L = 6, 500
@@ -126,6 +128,34 @@ def cast_of_a_view_before_a_write(z: Tensor, y: Tensor) -> Tensor:
     return backward(cast.exp().mean() + F.cross_entropy(z, y) + view.sum())
 
 
+def view_of_a_view_before_a_write(z: Tensor, y: Tensor) -> list[Tensor]:
+    d = z.detach()
+    part, top = d.view(2, 3, L)[:, 1], d.view(2, 3, L)[0]
+    d.zero_()
+    return [part.sum(), top.argmax(-1), top[1:].logsumexp(-1)]
+
+
+def view_of_a_cast_before_a_write(z: Tensor, y: Tensor) -> Tensor:
+    """A cast is a copy: what is written later does not reach it, nor its views."""
+    part = z.double()[1:]
+    z.mul_(2.0)
+    return backward(F.cross_entropy(part[1:], y[2:]) + F.cross_entropy(z, y))
+
+
+def write_view_of_a_cast(z: Tensor, y: Tensor) -> Tensor:
+    cast = z.double()
+    part = cast[1:]
+    z.mul_(2.0)
+    part.mul_(3.0)
+    return backward(F.cross_entropy(cast, y) + F.cross_entropy(z, y))
+
+
+def write_into_a_cast_to_itself(z: Tensor, y: Tensor) -> Tensor:
+    for same in (z.float(), z.contiguous(), z.to(torch.float32), z.reshape(N, L)):
+        same[:, 0] += 1.0
+    return backward(F.cross_entropy(z, y))
+
+
 def temperature_changed_later(z: Tensor, y: Tensor) -> Tensor:
     temperature = torch.tensor(0.5)
     scaled = z.detach() / temperature
@@ -145,6 +175,36 @@ def with_other_data(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z, y)
 
 
+def penalty(*steps: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A penalty on the gradient of what the logits are made from, beside a loss of them."""
+
+    def use(z: Tensor, y: Tensor) -> Tensor:
+        made = z
+        for step in steps:
+            made = step(made)
+        (g,) = torch.autograd.grad(made.pow(2).sum(), z.features, create_graph=True)  # type: ignore[attr-defined]
+        return backward(F.cross_entropy(z, y) + g.pow(2).sum())
+
+    return use
+
+
+def penalty_of_logits(z: Tensor, y: Tensor) -> Tensor:
+    (g,) = torch.autograd.grad(z.softmax(-1).pow(2).sum(), z, create_graph=True)
+    return backward(F.cross_entropy(z, y) + g.pow(2).sum())
+
+
+def grad_of_a_detached_leaf(z: Tensor, y: Tensor) -> list[Tensor]:
+    leaf = z.detach().requires_grad_()
+    loss = 3 * F.cross_entropy(z, y) + F.cross_entropy(leaf, y)
+    return [*torch.autograd.grad(loss, [leaf, z])]
+
+
+def grad_of_a_scale(z: Tensor, y: Tensor) -> list[Tensor | None]:
+    scale = torch.ones((), requires_grad=True)
+    loss = F.cross_entropy(z.detach() * scale, y) + F.cross_entropy(z, y)
+    return [*torch.autograd.grad(loss, [z, scale])]
+
+
 STREAMED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "cross_entropy": lambda z, y: backward(F.cross_entropy(z, y)),
     "module": lambda z, y: backward(nn.BCEWithLogitsLoss()(z, F.one_hot(y, L).float())),
@@ -162,6 +222,15 @@ STREAMED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "rows": lambda z, y: backward(F.cross_entropy(z, y, reduction="none").mean()),
     "own_loss": lambda z, y: backward((z.logsumexp(-1) - z.gather(1, y[:, None])[:, 0]).mean()),
     "log_probability": lambda z, y: z.detach().log_softmax(-1).gather(1, y[:, None]),
+    "numpy_scale": lambda z, y: backward(F.cross_entropy(z / np.sqrt(768) * np.float32(0.5), y)),
+    "numpy_index": lambda z, y: z[np.int64(2)].softmax(-1),
+    "numpy_indices": lambda z, y: backward(F.cross_entropy(z[np.array([0, 2])], y[[0, 2]])),
+    "numpy_mask": lambda z, y: backward(F.cross_entropy(z[(y > 100).numpy()], y[y > 100])),
+    "numpy_slice": lambda z, y: backward(F.cross_entropy(z[np.int64(1) : np.int64(3)], y[1:3])),
+    "numpy_k": lambda z, y: list(z.topk(np.int64(3))),
+    "numpy_smoothing": lambda z, y: backward(
+        F.cross_entropy(z, y, label_smoothing=np.float32(0.25))
+    ),
     "argmax": lambda z, y: z.argmax(-1),
     "argmax_of_permuted": lambda z, y: z[:, torch.arange(L - 1, -1, -1)].argmax(-1),
     "temperature_changed_later": temperature_changed_later,
@@ -191,6 +260,7 @@ MADE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "materialize": lambda z, y: backward(
         F.cross_entropy(z.materialize() if isinstance(z, Deferred) else z, y)
     ),
+    "numpy_factors": lambda z, y: (z.detach() * np.linspace(0, 1, L, dtype=np.float32)).sum(),
     "argmax_of_all": lambda z, y: z.argmax(),
     "item": lambda z, y: z[2, 5].item(),
     "numpy": lambda z, y: torch.from_numpy(z.detach().numpy()),
@@ -204,6 +274,10 @@ MADE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "view_made_before_a_write": view_made_before_a_write,
     "cast_of_a_view_before_a_write": cast_of_a_view_before_a_write,
     "hook_on_what_it_is_made_from": hook_on_what_it_is_made_from,
+    "view_of_a_view_before_a_write": view_of_a_view_before_a_write,
+    "view_of_a_cast_before_a_write": view_of_a_cast_before_a_write,
+    "write_view_of_a_cast": write_view_of_a_cast,
+    "write_into_a_cast_to_itself": write_into_a_cast_to_itself,
     "data_replaced": with_other_data,
     "stacked": lambda z, y: torch.stack([z, z]),
     "own_leaf": own_leaf,
@@ -212,8 +286,16 @@ MADE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "grad_of_streamed": lambda z, y: torch.autograd.grad(F.cross_entropy(z, y), z)[0],
     "grad_of_cast": lambda z, y: torch.autograd.grad(3 * F.cross_entropy(z.double(), y), [z])[0],
     "grad_of_both": lambda z, y: torch.autograd.grad(F.cross_entropy(z, y) + z.exp().sum(), z)[0],
+    "grad_of_top": lambda z, y: torch.autograd.grad(
+        F.cross_entropy(z, y) + z.double().topk(3)[0].sum() + z.max(-1)[0].sum(), z
+    )[0],
+    "grad_of_a_detached_leaf": grad_of_a_detached_leaf,
+    "grad_of_a_scale": grad_of_a_scale,
     "retain_grad": retained,
     "hook": hooked,
+    "penalty": penalty(),
+    "penalty_of_softmax": penalty(lambda z: z[1:], lambda z: z.softmax(-1)),
+    "penalty_of_logits": penalty_of_logits,
     "in_another_graph": in_another_graph,
     "written_in_another_graph": written_in_another_graph,
 }
@@ -228,7 +310,9 @@ def outcome(
     model: Any = Net()
     x, y = torch.randn(N, 8), torch.randint(0, L, (N,))
     run = torch.compile(model, backend="elmo", options={**OPTIONS, **options})
+    x.requires_grad_()
     z = run(x) if compiled else model(x)
+    z.features = x
     result = use(z, y)
     return result, [parameter.grad for parameter in model.parameters()], z
 
@@ -275,6 +359,49 @@ def test_what_a_tensor_with_a_gradient_refuses(name: str) -> None:
     assert errors[0] == errors[1]
 
 
+WATCHERS: dict[str, Callable[[Tensor], Any]] = {
+    "register_hook": lambda z: z.register_hook(lambda grad: grad * 0),
+    "retain_grad": lambda z: z.retain_grad(),
+}
+
+
+@pytest.mark.parametrize("name", list(WATCHERS))
+def test_asking_for_the_gradient_after_the_loss_is_refused(name: str) -> None:
+    def use(z: Tensor, y: Tensor) -> None:
+        F.cross_entropy(z.double(), y)
+        WATCHERS[name](z)
+
+    def after_metrics(z: Tensor, y: Tensor) -> None:
+        F.cross_entropy(z.detach(), y)
+        z.argmax(-1)
+        WATCHERS[name](z)
+
+    with pytest.raises(RuntimeError, match=f"`{name}` of deferred logits .* before the loss"):
+        outcome(use, compiled=True)
+    outcome(after_metrics, compiled=True)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", list(WATCHERS))
+def test_asking_for_the_gradient_beside_a_loss_of_the_same_graph_is_refused(
+    name: str, smoothing: float
+) -> None:
+    torch._dynamo.reset()
+    model = Net()
+
+    def both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = model(x)
+        return F.cross_entropy(z, y, label_smoothing=smoothing), z
+
+    run = torch.compile(both, backend="elmo", options=OPTIONS)
+    x, y = torch.randn(N, 8), torch.randint(0, L, (N,))
+    loss, z = run(x, y)
+    with pytest.raises(RuntimeError, match="'deferred_logits': False"):
+        WATCHERS[name](z)
+    loss.backward()
+    WATCHERS[name](z.detach().requires_grad_())
+
+
 def test_unused_logits_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(self: State) -> Tensor:
         raise AssertionError("the values were made")
@@ -297,6 +424,100 @@ def test_without_a_gradient() -> None:
             assert not z.requires_grad
             torch.testing.assert_close(z + 0, model(x))
             assert torch.equal(run(x).argmax(-1), model(x).argmax(-1))
+
+
+@pytest.mark.parametrize("encoder", [True, False])
+def test_a_buffer_that_is_used_again_in_inference_mode(encoder: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model: Any = Net() if encoder else nn.Linear(8, L)
+    run = torch.compile(model, backend="elmo", options=OPTIONS)
+    with torch.inference_mode():
+        given = [torch.randn(N, 8) for _ in range(2)]
+        buffer, made = torch.empty(N, 8), []
+        for x in given:
+            made.append(run(buffer.copy_(x)))
+        for z, x in zip(made, given):
+            assert isinstance(z, Deferred)
+            torch.testing.assert_close(z + 0, model(x))
+
+
+def test_a_write_into_logits_in_inference_mode() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model: Any = Net()
+    run = torch.compile(model, backend="elmo", options=OPTIONS)
+    x, y = torch.randn(N, 8), torch.randint(0, L, (N,))
+    with torch.inference_mode():
+        z, view, cast = run(x), run(x), run(x)
+        double = cast.double()
+        z.mul_(2)
+        view.view(2, 3, L)[1:].mul_(2)
+        cast.mul_(2)
+        plain = model(x)
+        torch.testing.assert_close(F.cross_entropy(z, y), F.cross_entropy(2 * plain, y))
+        torch.testing.assert_close(view.sum(), plain[:3].sum() + 2 * plain[3:].sum())
+        torch.testing.assert_close(F.cross_entropy(double, y), F.cross_entropy(plain.double(), y))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.bfloat16, torch.float16])
+def test_the_largest_after_a_narrowing_cast_are_those_of_the_cast(dtype: torch.dtype) -> None:
+    def use(z: Tensor, y: Tensor) -> Tensor:
+        # Rounded, whole rows tie but for one entry that two logits reach.
+        return (z.detach() * 3e-8 + (3.0 if dtype.is_floating_point else 0)).to(dtype).argmax(-1)
+
+    def plain(z: Tensor, y: Tensor) -> Tensor:
+        return z.detach().to(dtype).argmax(-1)
+
+    for read in (use, plain):
+        theirs, mine = (outcome(read, compiled=through)[0] for through in (False, True))
+        assert torch.equal(mine, theirs)
+
+
+def test_two_long_index_arrays_are_two_programs() -> None:
+    def use(z: Tensor, y: Tensor) -> list[Tensor]:
+        first = np.zeros(2000, dtype=np.int64)
+        second = first.copy()
+        second[1000] = 3
+        return [F.cross_entropy(z[i], y[torch.as_tensor(i)]) for i in (first, second)]
+
+    theirs, mine = (outcome(use, compiled=through)[0] for through in (False, True))
+    assert_alike(mine, theirs)
+
+
+def test_an_annealed_temperature_is_one_program() -> None:
+    def use(z: Tensor, y: Tensor) -> list[Tensor]:
+        scales = [0.5 + i / 10 for i in range(5)]
+        return [F.cross_entropy((0.1 + z / scale * scale**2 - 0.2), y) for scale in scales]
+
+    theirs, _, _ = outcome(use, compiled=False)
+    mine, _, z = outcome(use, compiled=True)
+    assert_alike(mine, theirs)
+    assert len(z._state.origin._programs) == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+def test_numbers_leave_dtypes_as_they_are(dtype: torch.dtype) -> None:
+    def use(z: Tensor, y: Tensor) -> list[Tensor]:
+        narrow = z.detach().to(dtype)
+        return [narrow / 0.7 + 0, narrow[0] * 0.7 + 0, narrow[0, 0] + 0.7 + 0]
+
+    theirs, mine = (outcome(use, compiled=through)[0] for through in (False, True))
+    for one, other in zip(mine, theirs):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one + 0, other + 0)
+
+
+def test_what_is_remembered_of_a_recipe_is_bounded() -> None:
+    recent: Recent[int] = Recent(2)
+    made: list[int] = []
+
+    def get(key: int) -> int:
+        return recent.get_or(key, lambda: made.append(key) or key)  # type: ignore[func-returns-value]
+
+    assert [get(key) for key in (1, 2, 1, 3, 1, 2)] == [1, 2, 1, 3, 1, 2]
+    assert made == [1, 2, 3, 2]
+    assert len(recent) == 2
 
 
 def test_switched_off() -> None:
