@@ -119,7 +119,7 @@ class _Rerun(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self.known:
-            z, bias = self.known[n], _bias_of(n)
+            z, bias = self.known[n], bias_of(n)
             # A copy: what the program writes into its logits is not written into an input.
             return z.clone() if bias is None else z + self.env[bias]
         if n.target is aten.detach.default:
@@ -135,7 +135,7 @@ class _Rerun(fx.Interpreter):
         return super().run_node(n)
 
 
-def _bias_of(product: fx.Node) -> fx.Node | None:
+def bias_of(product: fx.Node) -> fx.Node | None:
     """The bias operand of a product: an input of the program, added to its logits."""
     args: Any = product.args
     if product.target is aten.addmm.default:
