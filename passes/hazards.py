@@ -1,9 +1,10 @@
 """Hazards around a region: reasons to leave it alone that need no look inside.
 
 Requires: a region of a Dynamo graph.
-Ensures: a Refusal if another reader needs the logits or none does, if something
-outside the region is made from them and read by it, if something the region reads is written in place before the loss (the
-rewrite computes everything where the loss was), or if the region runs under a functorch transform; else None. The graph is only read.
+Ensures: a Refusal if another reader needs the logits or none does, if something outside the region
+is made from them and read by it, if something the region reads is written in place before the loss
+(the rewrite computes everything where the loss was), or if the region runs under a functorch
+transform; else None. The graph is only read.
 Numerics: none.
 """
 

@@ -73,7 +73,7 @@ def trace(
     results = list(ends)
     if not grad:
         return Traced(forward.graph, len(zs), len(values), len(results), (), ())
-    with mode, _without_autocast():
+    with mode, _without_autocast(), torch.autograd.set_detect_anomaly(False):
         diff, reached = _differentiable(forward, zs, values, wanted)
         if not diff or not reached:
             return Traced(forward.graph, len(zs), len(values), len(results), (), ())
@@ -220,11 +220,28 @@ def _table() -> dict[Any, Callable[..., Any]]:
     table[aten.fill.Scalar] = lambda into, value: torch.full(
         into.shape, value, dtype=into.dtype, device=into.device
     )
+    table[aten.index_put.default] = _index_put
     table[aten.var.correction] = _var
     table[aten.std.correction] = _std
     table[aten.mean.default] = _mean
     table[aten.mean.dim] = _mean
     return table
+
+
+def _index_put(
+    into: Tensor,
+    indices: Sequence[Tensor | None],
+    value: Tensor,
+    accumulate: bool = False,
+) -> Any:
+    """One value written by a mask chooses between two values, which can be done in chunks."""
+    given = [(i, index) for i, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or given[0][1].dtype not in (torch.bool, torch.uint8) or value.numel() != 1:
+        return NotImplemented
+    ((start, mask),) = given
+    mask = mask.reshape(mask.shape + (1,) * (into.dim() - start - mask.dim()))
+    one = value.reshape(())
+    return torch.where(mask.bool(), into + one if accumulate else one, into)
 
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
