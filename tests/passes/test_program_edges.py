@@ -115,6 +115,29 @@ EDGES = {
 }
 
 
+def arc_margin(x, w, y):
+    cosine = F.linear(F.normalize(x), F.normalize(w)).clamp(-1 + 1e-7, 1 - 1e-7)
+    with_margin = torch.cos(torch.acos(cosine) + 0.5)
+    return ce(8 * torch.where(F.one_hot(y, L) > 0, with_margin, cosine), y)
+
+
+def symmetric_cross_entropy(x, w, y):
+    z = F.linear(x, w)
+    wrong = z.softmax(-1).clamp(1e-7, 1.0)
+    return ce(z, y) - (wrong * F.one_hot(y, L).clamp(1e-4, 1.0).log()).sum(-1).mean()
+
+
+EDGES |= {
+    "clamp": (lambda x, w, y: ce(F.linear(x, w).clamp(-0.5, 0.5), y), rows),
+    "arc_margin": (arc_margin, rows),
+    "symmetric_cross_entropy": (symmetric_cross_entropy, rows),
+    "largest": (lambda x, w: F.linear(x, w).max(), lambda: rows()[:2]),
+    "nanmean": (lambda x, w: F.linear(x, w).nanmean(), lambda: rows()[:2]),
+    "unbind": (lambda x, w: F.linear(x, w).unbind(0)[1].exp().sum(), lambda: rows()[:2]),
+    "softshrink": (lambda x, w: F.softshrink(F.linear(x, w)).sum(), lambda: rows()[:2]),
+}
+
+
 @pytest.mark.parametrize("name", EDGES)
 def test_value_and_gradients(name):
     program, make = EDGES[name]
@@ -170,3 +193,30 @@ def test_traced_under_anomaly_detection():
 
     with torch.autograd.set_detect_anomaly(True):
         assert_same(program, rows())
+
+
+SATURATED = {
+    "bce": lambda z: F.binary_cross_entropy(torch.sigmoid(z), torch.full_like(z, 0.2)),
+    "softplus": F.softplus,
+    "mish": F.mish,
+    "celu": F.celu,
+    "log_ndtr": torch.special.log_ndtr,
+}
+
+
+@pytest.mark.parametrize("name", SATURATED)
+def test_gradients_of_large_logits(name):
+    args = features(), weight()
+    program = lambda x, w: SATURATED[name](100 * F.linear(x, w)).mean()  # noqa: E731
+    ours, eager = run(compiled(program), args), run(program, args)
+    assert len(matches()) == 1, refusals()
+    torch.testing.assert_close(ours.loss, eager.loss)
+    torch.testing.assert_close(ours.grads, eager.grads)
+
+
+@pytest.mark.parametrize("program", [lambda z: z.std(-1).sum(), lambda z: torch.sinc(z).sum()])
+def test_gradients_of_equal_logits(program):
+    args = features(), torch.zeros(L, D).requires_grad_()
+    ours = run(compiled(lambda x, w: program(F.linear(x, w))), args)
+    assert len(matches()) == 1, refusals()
+    assert all(not grad.any() for grad in ours.grads)
