@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from elmo_compile.passes.convex import between
 from elmo_compile.passes.graphs import Site, ancestors, hint, hints, sites, tensor_of, value_of
 from elmo_compile.passes.modes import ambient_autocast, autocast_states, grad_modes
 from elmo_compile.passes.records import Autocast, Region
@@ -47,7 +48,7 @@ def find_regions(module: fx.GraphModule, min_outputs: int) -> tuple[Region, ...]
             num_outputs = seed_outputs(node, min_outputs)
             if num_outputs is None or node in taken:
                 continue
-            region = grow(site, node, num_outputs, autocast[node], grad)
+            region = grow(site, node, num_outputs, autocast[node], grad, min_outputs)
             taken.update(region.nodes)
             regions.append(region)
     return tuple(regions)
@@ -117,9 +118,18 @@ def is_huge(node: Any, num_outputs: int) -> bool:
 
 
 def grow(
-    site: Site, seed: fx.Node, num_outputs: int, autocast: Autocast, grad: dict[fx.Node, bool]
+    site: Site,
+    seed: fx.Node,
+    num_outputs: int,
+    autocast: Autocast,
+    grad: dict[fx.Node, bool],
+    min_outputs: int | None = None,
 ) -> Region:
-    """The region of one seed: forward until nothing is huge, backward over what only it uses."""
+    """The region of one seed: forward until nothing is huge, backward over what only it uses.
+
+    Args:
+        min_outputs: outputs of a product that is a head of its own; `num_outputs` where not given.
+    """
     order = {node: i for i, node in enumerate(site.graph.nodes)}
     inside: set[fx.Node] = {seed}
     for node in site.graph.nodes:
@@ -135,7 +145,8 @@ def grow(
     reading = inside - {seed}
     _grow_over_weight_views(seed, movable)
     # What makes the weight stays outside: the head takes a computed weight as it comes.
-    _grow_backward(reading, movable, num_outputs)
+    _grow_backward(reading, movable, num_outputs, _made_from_weight(seed, num_outputs))
+    _grow_between(site.graph, movable, num_outputs, min_outputs or num_outputs)
     tail = _tail(inside, order, grad)
     mode = None if len(modes) > 1 else modes.pop()
     return close(site, seed, inside | set(tail), tail, num_outputs, autocast, mode)
@@ -196,8 +207,10 @@ class _Movable:
 
         Nor parts of a tuple without the call that made it: a region's inputs are tensors and sizes.
         """
+        together = self.inside.union(nodes)
         for node in nodes:
-            if node.target is operator.getitem and tensor_of(node.args[0]) is None:
+            whole = node.args[0] if node.target is operator.getitem else None
+            if whole is not None and tensor_of(whole) is None and whole not in together:
                 return False
             tensors = (tensor_of(arg) for arg in node.all_input_nodes)
             gradient = any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -228,18 +241,54 @@ def _is_weight_view(node: fx.Node) -> bool:
     return attribute or node.target in _WEIGHT_VIEW_FUNCTIONS
 
 
-def _grow_backward(start: set[fx.Node], movable: _Movable, num_outputs: int) -> None:
+def _made_from_weight(seed: fx.Node, num_outputs: int) -> set[fx.Node]:
+    """What is computed from the weight beside products, such as its rows' norms.
+
+    It stays outside: inside, its gradient would have to be the product's as well.
+    """
+    found = {
+        node
+        for node in ancestors(*(a for a in seed.all_input_nodes if is_matrix(a, num_outputs)))
+        if is_matrix(node, num_outputs)
+    }
+    weights = set(found)
+    work = list(found)
+    while work:
+        for user in work.pop().users:
+            if user not in found and seed_outputs(user, num_outputs) != num_outputs:
+                found.add(user)
+                work.append(user)
+    return {node for node in found - weights if not _is_weight_view(node)}
+
+
+def _grow_backward(
+    start: set[fx.Node], movable: _Movable, num_outputs: int, left: set[fx.Node]
+) -> None:
     """Add huge operands (targets built in the graph) that nothing outside reads."""
     work, inside = list(start), movable.inside
     while work:
         node = work.pop()
         for arg in node.all_input_nodes:
-            if arg in inside or arg.op in ("placeholder", "get_attr", "output"):
+            if arg in inside or arg in left or arg.op in ("placeholder", "get_attr", "output"):
                 continue
             writers = {user for user in arg.users if user not in inside}
             only_written = all(_writes(user, arg, inside) for user in writers)
             if is_huge(arg, num_outputs) and only_written and movable.add(arg, *writers):
                 work += [arg, *writers]
+
+
+def _grow_between(graph: fx.Graph, movable: _Movable, num_outputs: int, min_outputs: int) -> None:
+    """Add small values that are made from the logits and meet them again.
+
+    Where they cannot be added, the region stays as it is, for `hazards` to refuse.
+    """
+    while path := between(graph, movable.inside):
+        heads = any(seed_outputs(node, min_outputs) is not None for node in path)
+        if heads or any(is_huge(node, num_outputs) for node in path):
+            return
+        parts = [user for node in path if _is_tuple(node) for user in node.users]
+        if not movable.add(*dict.fromkeys([*path, *parts])):
+            return
 
 
 def _writes(node: fx.Node, written: fx.Node, inside: set[fx.Node]) -> bool:

@@ -1,9 +1,10 @@
 """Hazards around a region: reasons to leave it alone that need no look inside.
 
 Requires: a region of a Dynamo graph.
-Ensures: a Refusal if another reader needs the logits, if something the region reads is written in
-place before the loss (the rewrite computes everything where the loss was), or if the region runs
-under a functorch transform; else None. The graph is only read.
+Ensures: a Refusal if another reader needs the logits or none does, if something outside the region
+is made from them and read by it, if something the region reads is written in place before the loss
+(the rewrite computes everything where the loss was), or if the region runs under a functorch
+transform; else None. The graph is only read.
 Numerics: none.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from elmo_compile.passes.convex import between
 from elmo_compile.passes.find import is_huge
 from elmo_compile.passes.graphs import tensor_of
 from elmo_compile.passes.match.refuse import NoMatch
@@ -34,7 +36,13 @@ _TRANSFORMS = ("_grad", "_vmap", "_jvp", "_functionalization")
 
 def check_hazards(region: Region) -> Refusal | None:
     """The first hazard of a region, or None."""
-    no = _escaping_logits(region) or _written_inputs(region) or _transformed(region)
+    no = (
+        _escaping_logits(region)
+        or _unread(region)
+        or _detour(region)
+        or _written_inputs(region)
+        or _transformed(region)
+    )
     return None if no is None else no.refusal(region.seed)
 
 
@@ -50,6 +58,28 @@ def _escaping_logits(region: Region) -> NoMatch | None:
                 "compute the loss inside the compiled function and return only the loss",
             )
     return None
+
+
+def _unread(region: Region) -> NoMatch | None:
+    if region.outputs:
+        return None
+    return NoMatch(
+        Code.UNKNOWN_LOSS, region.seed, "nothing is made from the values of these logits",
+        "leave out the product, or return what is computed from it",
+    )  # fmt: skip
+
+
+def _detour(region: Region) -> NoMatch | None:
+    """Whether something outside the region is made from it and read by it."""
+    path = between(region.site.graph, set(region.nodes))
+    if not path:
+        return None
+    return NoMatch(
+        Code.UNKNOWN_LOSS, path[0],
+        "what is made from the logits here meets them again, and is another head's, as large as "
+        "they are, or computed in another grad mode",
+        "compute it in the same grad mode, detached, or in a compiled function of its own",
+    )  # fmt: skip
 
 
 def _written_inputs(region: Region) -> NoMatch | None:

@@ -16,6 +16,7 @@ import torch.fx as fx
 from elmo_compile.config import Options
 from elmo_compile.errors import ElmoError
 from elmo_compile.passes.canonicalize import retrace
+from elmo_compile.passes.convex import entangled
 from elmo_compile.passes.defer import defer_outputs
 from elmo_compile.passes.find import find_regions, largest_linear, weight_inputs, without_tail
 from elmo_compile.passes.graphs import copy_module, source_of
@@ -122,6 +123,9 @@ def _analyze(module: fx.GraphModule, options: Options) -> Analysis:
         result = advance(region, options)
         if isinstance(result, Refusal) and region.tail:
             result = advance(without_tail(region), options)
+        others = [set(head.match.region.nodes) for head in heads]
+        if isinstance(result, PlannedHead) and entangled(set(result.match.region.nodes), others):
+            result = _entangled(region)
         if isinstance(result, Refusal):
             refusals.append(result)
             why = f"the head was left as it was ({result.reason})"
@@ -149,6 +153,16 @@ def advance(region: Region, options: Options) -> PlannedHead | Refusal:
             return item
     assert isinstance(item, PlannedHead)
     return item
+
+
+def _entangled(region: Region) -> Refusal:
+    return Refusal(
+        code=Code.UNKNOWN_LOSS,
+        node=region.seed.name,
+        source=source_of(region.seed),
+        reason="this head's loss and another head's are each made from the other's logits",
+        remedy="compute one of the two losses in a compiled function of its own",
+    )
 
 
 def _defect(region: Region, step: str, error: Exception) -> Refusal:

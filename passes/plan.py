@@ -247,9 +247,9 @@ def _may_form_gradients_at_once(
 
 
 def _size(size: Any, name: str) -> tuple[Any, dict[Any, int]]:
-    """A size as the planner takes it: an int, or a symbol with the number it was traced with."""
+    """A size as the planner takes it: an int, at least 1, or a symbol with its traced number."""
     if isinstance(size, int):
-        return size, {}
+        return max(1, size), {}
     symbol = sympy.Symbol(name)
     return symbol, {symbol: max(1, hint(size))}
 

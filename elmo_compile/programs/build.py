@@ -13,7 +13,7 @@ from elmo_compile.programs.extent import Extents
 from elmo_compile.programs.record import Program, Schedule, Unsupported, register
 from elmo_compile.programs.schedule import live_values, schedule
 from elmo_compile.programs.simplify import simplify
-from elmo_compile.programs.trace import Traced, trace
+from elmo_compile.programs.trace import Traced, bias_of, trace
 
 aten = torch.ops.aten
 
@@ -113,10 +113,10 @@ def _check_operands(
 ) -> None:
     """The operands of a product may not be read by what follows it: a gradient would be lost."""
     for product in products:
-        for arg in product.all_input_nodes:
-            if arg not in places or _is_bias(arg, product):
-                continue
-            for user in traced[places.index(arg)].users:
+        bias = bias_of(product)
+        roots = [_viewed(arg) for arg in product.all_input_nodes if arg is not bias]
+        for root in roots:
+            for user in traced[places.index(root)].users if root in places else ():
                 if user.target is not aten.sym_size.int:
                     raise Unsupported(
                         user, "the loss reads the features or the weight as well as the logits",
@@ -124,9 +124,11 @@ def _check_operands(
                     )  # fmt: skip
 
 
-def _is_bias(arg: fx.Node, product: fx.Node) -> bool:
-    value = arg.meta["val"]
-    return isinstance(value, torch.Tensor) and value.dim() == 1
+def _viewed(node: fx.Node) -> fx.Node:
+    """What an operand is a view or a cast of, which takes the operand's gradient."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _saved(extents: Extents, results: list[Any], grads: list[Any]) -> list[fx.Node]:

@@ -45,7 +45,7 @@ def walk(
     work: torch.dtype,
 ) -> Walk:
     """The walk that makes `targets` (reductions, or values kept chunk by chunk) and `ends`."""
-    needed = _needed(extents, [*targets, *ends])
+    needed = _needed(extents, [*targets, *(node for node in ends if extents.huge(node))])
     writer = _Emitter(extents, work)
     products = tuple(i for i, z in enumerate(logits) if z in needed)
     for i in products:
@@ -60,7 +60,8 @@ def walk(
         made, result = writer.result(node)
         parts += made
         results.append(result)
-    parts += [writer.env[node] for node in ends]
+    # A gradient of one row may be made whole, from the outputs that were picked.
+    parts += [writer.env[n] if extents.huge(n) else writer.small(n, -1) for n in ends]
     writer.graph.output(tuple(parts))
     module = fx.GraphModule(torch.nn.Module(), writer.ordered())
     return Walk(

@@ -235,7 +235,7 @@ class Extents:
         if node.target is aten.index.Tensor:
             return self._index(node, dim, rank)
         if node.target in SCATTERS:
-            return dim
+            return dim if self._can_put(node, place) else None
         return None
 
     def _pointwise(self, node: fx.Node, out: tuple[int, ...]) -> int | None:
@@ -270,7 +270,15 @@ class Extents:
         given = [i for i, index in enumerate(indices) if index is not None]
         if len(given) != 1 or given[0] >= rank + dim or any(self.huge(indices[i]) for i in given):
             return None
-        return dim
+        return None if _masks(node) else dim
+
+    def _can_put(self, node: fx.Node, place: int) -> bool:
+        """Whether a scatter names its outputs by number; rows may be named by a mask."""
+        if node.target is not aten.index_put.default or not _masks(node):
+            return True
+        indices: Any = node.args[1]
+        given = [i for i, index in enumerate(indices) if index is not None]
+        return len(given) == 1 and given[0] < place and len(shape_of(indices[given[0]])) == 1
 
     def _picks(self, node: fx.Node) -> bool:
         """Whether an indexing takes single outputs."""
@@ -281,4 +289,13 @@ class Extents:
             return bool(args[1] % len(shape_of(source)) == place) and not self.huge(args[2])
         indices = args[1]
         given = [i for i, index in enumerate(indices) if index is not None]
-        return place in given and not any(self.huge(indices[i]) for i in given)
+        return place in given and not any(self.huge(indices[i]) for i in given) and not _masks(node)
+
+
+def _masks(node: fx.Node) -> bool:
+    """Whether an index is a mask: no numbers, and of unknown length."""
+    indices: Any = node.args[1]
+    return any(i is not None and i.meta["val"].dtype in _MASKS for i in indices)
+
+
+_MASKS = (torch.bool, torch.uint8)

@@ -30,9 +30,15 @@ def index(
     local, here = _local(torch.where(outputs < 0, outputs + total, outputs), columns)
     given[place] = local
     found = torch.ops.aten.index.Tensor(h, given)
-    return torch.where(
-        here.expand(found.shape), found, torch.zeros((), dtype=h.dtype, device=h.device)
-    )
+    behind = found.dim() - _first(given) - max(i.dim() for i in given if i is not None)
+    here = here.reshape(here.shape + (1,) * behind)
+    return torch.where(here, found, torch.zeros((), dtype=h.dtype, device=h.device))
+
+
+def _first(indices: Sequence[Tensor | None]) -> int:
+    """The dimension of a result where those of its index tensors begin: 0 where they are apart."""
+    given = [i for i, index in enumerate(indices) if index is not None]
+    return given[0] if given[-1] - given[0] == len(given) - 1 else 0
 
 
 def scatter(h: Tensor, dim: int, index: Tensor, src: Tensor | float, columns: Tensor) -> Tensor:
@@ -80,9 +86,9 @@ def multi_hot(indices: Tensor, offsets: Tensor | None, columns: Tensor) -> Tenso
 
 
 def log_sum_exp(h: Tensor, dim: int, keepdim: bool) -> tuple[Tensor, Tensor]:
-    """Largest value and `sum e^(h - largest)`; largest is 0 where all are -inf."""
+    """Largest value and `sum e^(h - largest)`; largest is 0 where it is infinite."""
     top = h.amax(dim, keepdim=True)
-    top = torch.where(top == -torch.inf, torch.zeros_like(top), top)
+    top = torch.where(top.isinf(), torch.zeros_like(top), top)
     total = torch.exp(h - top).sum(dim, keepdim=keepdim)
     return (top if keepdim else top.squeeze(dim)), total
 

@@ -160,8 +160,12 @@ def _logsumexp(result: Result, a: list[Tensor], b: list[Tensor]) -> list[Tensor]
     tops = [torch.where(total == 0, -torch.inf, top) for top, total in (a, b)]
     together = torch.maximum(*tops)
     safe = torch.where(together == -torch.inf, 0.0, together)
-    total = a[1] * torch.exp(tops[0] - safe) + b[1] * torch.exp(tops[1] - safe)
-    return [safe, total]
+    scaled = [
+        # The sum of a chunk with an infinite logit, which no factor makes smaller.
+        torch.where(total.isinf(), total, total * torch.exp(top - safe))
+        for top, (_, total) in zip(tops, (a, b))
+    ]
+    return [safe, scaled[0] + scaled[1]]
 
 
 def _argmax(result: Result, a: list[Tensor], b: list[Tensor]) -> list[Tensor]:

@@ -64,27 +64,49 @@ def trace(
     with mode, torch.no_grad(), _without_autocast():
         zs = [torch.empty(z.shape, dtype=work, device=z.device) for z in logits]
         run = _Region(module, products, work)
-        forward = make_fx(
-            torch.func.functionalize(run, remove="mutations"), decomposition_table=_table()
-        )(*zs, *values)
+        forward = _functional(run, (*zs, *values), _rewritten())
     _pure(forward)
-    _row_sizes(forward, len(zs))
     ends: Any = forward.graph.output_node().args[0]
     results = list(ends)
-    if not grad:
-        return Traced(forward.graph, len(zs), len(values), len(results), (), ())
-    with mode, _without_autocast(), _without_callers_hooks():
-        diff, reached = _differentiable(forward, zs, values, wanted)
-        if not diff or not reached:
-            return Traced(forward.graph, len(zs), len(values), len(results), (), ())
-        joint = _Joint(forward, len(zs), len(values), diff, wanted)
-        tangents = [torch.empty_like(results[i].meta["val"]) for i in diff]
-        traced = make_fx(joint, decomposition_table=_table())(*zs, *values, *tangents)
+    inputs: list[Any] = [*zs, *values]
+    function: Callable[..., Any] = fx.Interpreter(forward).run
+    diff: list[int] = []
+    with mode, _without_autocast(), _without_callers():
+        if grad:
+            diff = _differentiable(forward, zs, values, wanted)
+        if diff:
+            function = _Joint(forward, len(zs), len(values), diff, wanted)
+            inputs += [torch.empty_like(results[i].meta["val"]) for i in diff]
+        traced = make_fx(function, decomposition_table=_table())(*inputs)
+        if any(map(_mutates, traced.graph.nodes)):  # Autograd's formulas write into what they make.
+            with torch.no_grad():
+                traced = _functional(fx.Interpreter(traced).run, inputs, _table())
     _pure(traced)
     _row_sizes(traced, len(zs))
     return Traced(
-        traced.graph, len(zs), len(values), len(results), tuple(diff), tuple(wanted)
+        traced.graph, len(zs), len(values), len(results), tuple(diff), tuple(wanted) if diff else ()
     )  # fmt: skip
+
+
+def _functional(
+    function: Callable[..., Any], inputs: Sequence[Any], table: dict[Any, Callable[..., Any]]
+) -> fx.GraphModule:
+    """A trace in which nothing writes into what it makes.
+
+    A composite operation may write below the transform: its parts are above it the second time.
+    """
+    for _ in range(2):
+        pure = torch.func.functionalize(function, remove="mutations")
+        made: fx.GraphModule = make_fx(pure, decomposition_table=table)(*inputs)
+        if not any(map(_mutates, made.graph.nodes)):
+            break
+        function = fx.Interpreter(made).run
+    return made
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
 
 
 class _Region:
@@ -119,7 +141,7 @@ class _Rerun(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self.known:
-            z, bias = self.known[n], _bias_of(n)
+            z, bias = self.known[n], bias_of(n)
             # A copy: what the program writes into its logits is not written into an input.
             return z.clone() if bias is None else z + self.env[bias]
         if n.target is aten.detach.default:
@@ -135,7 +157,7 @@ class _Rerun(fx.Interpreter):
         return super().run_node(n)
 
 
-def _bias_of(product: fx.Node) -> fx.Node | None:
+def bias_of(product: fx.Node) -> fx.Node | None:
     """The bias operand of a product: an input of the program, added to its logits."""
     args: Any = product.args
     if product.target is aten.addmm.default:
@@ -153,14 +175,13 @@ def _leads_to_product(node: fx.Node, known: dict[fx.Node, Tensor]) -> bool:
 
 def _differentiable(
     forward: fx.GraphModule, zs: Sequence[Tensor], values: Sequence[Any], wanted: Sequence[int]
-) -> tuple[list[int], bool]:
-    """Which results a gradient may be asked of, and whether any is."""
+) -> list[int]:
+    """Which results a gradient may be asked of."""
     with torch.enable_grad():
         leaves = [z.detach().requires_grad_() for z in zs]
         inputs = _leaves(values, wanted)
         results = fx.Interpreter(forward).run(*leaves, *inputs)
-    diff = [i for i, r in enumerate(results) if isinstance(r, Tensor) and r.requires_grad]
-    return diff, bool(diff)
+    return [i for i, r in enumerate(results) if isinstance(r, Tensor) and r.requires_grad]
 
 
 def _leaves(values: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
@@ -199,17 +220,38 @@ class _Joint:
 
 @functools.cache
 def _table() -> dict[Any, Callable[..., Any]]:
-    """Decompositions: torch's core ones, its losses, and softmax by log-sum-exp."""
+    """Decompositions: torch's core ones, its losses, and what `_rewritten` has."""
     from torch._decomp import core_aten_decompositions, get_decompositions
 
     table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
     table.pop(aten.logsumexp.default, None)
-    losses = [
-        "nll_loss_forward", "nll_loss2d_forward", "binary_cross_entropy_with_logits",
-        "binary_cross_entropy", "mse_loss", "huber_loss", "smooth_l1_loss", "multi_margin_loss",
-        "soft_margin_loss",
-    ]  # fmt: skip
+    losses = ["binary_cross_entropy_with_logits", "binary_cross_entropy"]
     table.update(get_decompositions([getattr(aten, name) for name in losses]))
+    table[aten.var.correction] = _var
+    table[aten.std.correction] = _std
+    table[aten.max.default] = torch.amax
+    table[aten.min.default] = torch.amin
+    return table | _rewritten()
+
+
+@functools.cache
+def _rewritten() -> dict[Any, Callable[..., Any]]:
+    """What is written in other operations before autograd sees it.
+
+    These have a simpler gradient so. Everything else has autograd's own formula, which is finite
+    where that of its parts is not: the cross entropy of a saturated sigmoid, softplus of a large
+    number, the deviation of equal numbers.
+    """
+    from torch._decomp import get_decompositions
+
+    names = [
+        "nll_loss_forward", "nll_loss2d_forward", "multi_margin_loss", "mse_loss", "huber_loss",
+        "smooth_l1_loss", "soft_margin_loss", "softshrink", "hardshrink", "unbind",
+        "select_scatter",
+    ]  # fmt: skip
+    table: dict[Any, Callable[..., Any]] = dict(
+        get_decompositions([getattr(aten, name) for name in names])
+    )
     table[aten._log_softmax.default] = _log_softmax
     table[aten._softmax.default] = _softmax
     # A number that is written is a scalar on the CPU, whatever it is written into.
@@ -220,11 +262,26 @@ def _table() -> dict[Any, Callable[..., Any]]:
     table[aten.fill.Scalar] = lambda into, value: torch.full(
         into.shape, value, dtype=into.dtype, device=into.device
     )
-    table[aten.var.correction] = _var
-    table[aten.std.correction] = _std
+    table[aten.index_put.default] = _index_put
     table[aten.mean.default] = _mean
     table[aten.mean.dim] = _mean
     return table
+
+
+def _index_put(
+    into: Tensor,
+    indices: Sequence[Tensor | None],
+    value: Tensor,
+    accumulate: bool = False,
+) -> Any:
+    """One value written by a mask chooses between two values, which can be done in chunks."""
+    given = [(i, index) for i, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or given[0][1].dtype not in (torch.bool, torch.uint8) or value.numel() != 1:
+        return NotImplemented
+    ((start, mask),) = given
+    mask = mask.reshape(mask.shape + (1,) * (into.dim() - start - mask.dim()))
+    one = value.reshape(())
+    return torch.where(mask.bool(), into + one if accumulate else one, into)
 
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
@@ -281,10 +338,13 @@ def _without_autocast() -> Any:
         yield
 
 
-def _without_callers_hooks() -> Any:
+@contextlib.contextmanager
+def _without_callers() -> Any:
     """What is saved while tracing is nobody's: not counted by a checkpoint around the first call,
-    nor offloaded. Of all such hooks the innermost are called."""
-    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+    nor offloaded (of such hooks the innermost are called), nor watched for NaN."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+    with hooks, torch.autograd.set_detect_anomaly(False):
+        yield
 
 
 def _same(saved: Tensor) -> Tensor:
@@ -297,8 +357,7 @@ def _pure(module: fx.GraphModule) -> None:
     for node in graph.find_nodes(op="get_attr"):
         _write_out(module, node)
     for node in list(graph.nodes):
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable:
+        if not _mutates(node):
             continue
         target = node.args[0]
         if node.target is not aten.copy_.default or target.op == "placeholder":
@@ -336,8 +395,9 @@ def _row_sizes(traced: fx.GraphModule, num_logits: int) -> None:
     known = _symbols(inputs)
     asked = [
         node
-        for node in graph.find_nodes(op="call_function", target=aten.sym_size.int)
-        if node.args[0] not in inputs
+        for target in (aten.sym_size.int, aten.sym_numel.default)
+        for node in graph.find_nodes(op="call_function", target=target)
+        if node.args[0] not in inputs or target is aten.sym_numel.default
     ]
     tracer = fx.proxy.GraphAppendingTracer(graph)
     for node in asked:

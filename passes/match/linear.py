@@ -92,6 +92,8 @@ def add_bias(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | None:
         known = kinds.get(logits) if isinstance(logits, fx.Node) else None
         tensor = tensor_of(other)
         if isinstance(known, Logits) and tensor is not None and hints(tensor.shape) == (L,):
+            if not tensor.is_floating_point():  # Numbers or a mask: no bias, an operand.
+                return None
             if known.bias is not None or known.class_dim != "last" or other in kinds:
                 return None
             return dataclasses.replace(known, bias=other)

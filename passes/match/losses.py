@@ -101,7 +101,7 @@ def reduced(node: fx.Node, kinds: dict[fx.Node, Kind], L: int, region: AtenRegio
     if known is not None and known.extent == "scalar":
         whole = node.target in (aten.sum.default, aten.mean.default)
         return known if whole and value_of(node).is_floating_point() else None
-    if known is None or known.spec.reduction != "none":
+    if known is None or known.spec.reduction != "none" or not value_of(node).is_floating_point():
         return None
     before = tensor_of(args_of(node)[0])
     assert before is not None

@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 
 from elmo_compile.numerics.losses import LossName, LossSpec
-from elmo_compile.passes.graphs import args_of, hint, source_of, tensor_of
+from elmo_compile.passes.graphs import ancestors, args_of, hint, source_of, tensor_of
 from elmo_compile.passes.match import linear
 from elmo_compile.passes.match.refuse import NoMatch
 from elmo_compile.passes.match.state import Kind, Logits
@@ -75,6 +75,7 @@ def _match(aten_region: AtenRegion) -> ProgramMatch:
             "store both in float32 or bfloat16 as ordinary linear layers",
         )  # fmt: skip
     weights = [logits.weight for logits in found]
+    _check_features(products)
     _check_weights(aten_region, found)
     places = list(module.graph.find_nodes(op="placeholder"))
     biases = {logits.bias for logits in found}
@@ -141,6 +142,17 @@ def _multiplies(node: fx.Node) -> bool:
         aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default,
         aten.einsum.default, torch.ops.elmo.lowp_linear.default,
     )  # fmt: skip
+
+
+def _check_features(products: dict[fx.Node, Logits]) -> None:
+    """No product may multiply what is made from logits: they would be made whole for it."""
+    for product, logits in products.items():
+        if not products.keys().isdisjoint(ancestors(logits.x)):
+            raise NoMatch(
+                Code.UNKNOWN_LOSS, product,
+                "the features of this head are made from the logits of another",
+                "compute the two heads in compiled functions of their own",
+            )  # fmt: skip
 
 
 def _check_weights(aten_region: AtenRegion, found: list[Logits]) -> None:

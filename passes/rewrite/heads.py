@@ -84,6 +84,7 @@ def _replace(
         for old, new in zip(outputs, made):
             old.replace_all_uses_with(new)
         _erase(head, fused, mapping, path)
+        mapping.update(zip(region.outputs, made))  # Another head may read them.
         return
     with output.graph.inserting_before(output):
         x = emit.row_ops(emit.node(match.x), match.row_ops)
@@ -116,6 +117,7 @@ def _replace(
         loss = emit.finish(emit.call(operator.getitem, pair, 0), x)
     output.replace_all_uses_with(loss)
     _erase(head, fused, mapping, path)
+    mapping[region.outputs[-1]] = loss
 
 
 def _erase(

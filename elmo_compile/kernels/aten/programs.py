@@ -103,7 +103,7 @@ class _Products:
     def gradient(self, i: int, g: Tensor) -> Tensor:
         """A gradient of logits as an operand [C, N]."""
         head = self.operands[i]
-        g_NC = g.reshape(head.num_rows, -1).to(head.operand)
+        g_NC = g.reshape(head.num_rows, g.shape[-1]).to(head.operand)
         return g_NC.t()
 
 
