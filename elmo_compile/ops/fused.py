@@ -1,10 +1,10 @@
 """`elmo::fused_head_loss`: linear + loss whose backward updates the weight instead of returning dW.
 
-The weight is not an argument: `handle` (int64 [4]: owner key, ticket, serial of the call, whether
-the loss value is needed at once) names it at run time. `anchor` is an empty tensor whose gradient
-flows to the weight's AccumulateGrad node, so that autograd runs the backward op exactly when it
-would have computed the weight's gradient. `sink` is declared mutated by the backward op, which
-keeps it from being removed, merged or reordered.
+The weight is not an argument: `handle` (int64 [5]: owner key, ticket, serial of the call, whether
+the loss value is needed at once, version of the weight) names it at run time. `anchor` is an empty
+tensor whose gradient flows to the weight's AccumulateGrad node, so that autograd runs the backward
+op exactly when it would have computed the weight's gradient. `sink` is declared mutated by the
+backward op, which keeps it from being removed, merged or reordered.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def open_call(owner: Owner) -> tuple[Tensor, Tensor, Tensor]:
     # A checkpoint around the call runs it again in backward, as another call with another loss
     # tensor: the one the caller holds could not be filled in.
     at_once = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    values = [owner.key, owner.ticket(), new_serial(), int(at_once)]
+    version = owner.param._version
+    values = [owner.key, owner.ticket(), new_serial(), int(at_once), version]
     handle = torch.tensor(values, device="cpu")  # whatever torch.set_default_device says
     anchor: Tensor = Anchor.apply(owner.param)  # type: ignore[no-untyped-call]
     return anchor, handle, torch.zeros((), dtype=torch.int64, device="cpu")
@@ -79,7 +80,7 @@ def open_call(owner: Owner) -> tuple[Tensor, Tensor, Tensor]:
 
 def serial_if_deferred(handle: Tensor) -> int | None:
     """The serial of a call whose loss its backward fills in; None if it is computed at once."""
-    _, _, serial, at_once = handle.tolist()
+    _, _, serial, at_once, _ = handle.tolist()
     return None if at_once else int(serial)
 
 
@@ -182,7 +183,7 @@ def fused_head_loss_backward(
     from elmo_compile import kernels
 
     spec = LossSpec.decode(loss)
-    key, ticket, serial, at_once = handle.tolist()
+    key, ticket, serial, at_once, version = handle.tolist()
     need_value = deferred and not at_once and spec.name != CE
     owner = owner_by_key(key)
     weight = owner.param.detach()
@@ -190,6 +191,7 @@ def fused_head_loss_backward(
     problem = dataclasses.replace(problem, capturable=owner.policy().capturable)
     factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
     scale_N = row_scale(grad, spec, target, factor, x.shape[0])
+    owner.check_values(ticket, version)
     family = kernels.select(x.device)
     held = owner.take_held(serial) if hold else None
     given = {} if held is None else {"held": held}

@@ -86,8 +86,9 @@ def fused_head_program_backward(
     from elmo_compile.kernels.aten.programs import backward
 
     found = find_program(program)
-    key, ticket, *_ = handle.tolist()
+    key, ticket, _, _, version = handle.tolist()
     owner = owner_by_key(key)
+    owner.check_values(ticket, version)
     products = products_of([x], [owner.param.detach()], compute, [False])
     arguments = [*found.arguments(inputs, sizes), *saved, *tangents]
     wanted = weight_is_wanted(owner)

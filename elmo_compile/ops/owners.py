@@ -97,6 +97,21 @@ class Owner(OpenCalls):
         """Of the last forward, until the weight is updated: kept longer it would outlive its
         stream, and a CUDA graph captured on another one could not hold the next backward."""
 
+    def check_values(self, ticket: int, version: int) -> None:
+        """Raise FusedUpdateError if somebody else wrote to the weight since the forward.
+
+        Args:
+            ticket: of the forward; the owner's own updates are `check_ticket`'s.
+            version: of the weight, in the forward.
+        """
+        if version != self.param._version and ticket == self.ticket():
+            raise FusedUpdateError(
+                f"the head weight {self.name} was modified in place between forward and backward "
+                "(another optimizer, load_state_dict, a write under no_grad), so its gradient "
+                "would be taken at other weights. Modify it before the forward or after "
+                "opt.step()"
+            )
+
     def check_ticket(self, ticket: int) -> None:
         """Raise FusedUpdateError if a backward for `ticket` must not update the weight."""
         self._check_owned(ticket)

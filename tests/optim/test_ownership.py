@@ -343,3 +343,33 @@ def test_a_closure_is_refused_if_a_head_is_fused() -> None:
     first = opt.step(closure)
     assert opt.step(closure) < first
     assert updates(opt, model.head.weight) == 2
+
+
+@pytest.mark.parametrize("kind", ["ce", "bce"])
+@pytest.mark.parametrize("update_at", ["backward", "step"])
+def test_a_weight_written_to_between_forward_and_backward(update_at: str, kind: str) -> None:
+    model = net(kind)
+    step, opt = owned(model, update_at=update_at)
+    train(step, opt, 1)
+    loss = step(*batch(1))
+    with torch.no_grad():
+        model.head.weight.mul_(0.1)
+    before = model.head.weight.detach().clone()
+    with pytest.raises(FusedUpdateError, match="modified in place between forward and backward"):
+        loss.backward()
+    assert torch.equal(model.head.weight, before)
+    opt.zero_grad()
+    del loss
+    want = reference(model, 2)
+    train(step, opt, 2)
+    assert_same(model, want)
+
+
+def test_features_gradients_are_not_taken_at_a_changed_weight() -> None:
+    model = net()
+    step, _ = owned(model)
+    loss = step(*batch(0))
+    with torch.no_grad():
+        model.head.weight.mul_(0.1)
+    with pytest.raises(FusedUpdateError, match="modified in place"):
+        torch.autograd.grad(loss, model.encoder.weight)
