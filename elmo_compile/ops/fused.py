@@ -196,16 +196,18 @@ def fused_head_loss_backward(
     held = owner.take_held(serial) if hold else None
     given = {} if held is None else {"held": held}
     wanted = weight_is_wanted(owner)
+    # What is not finite in the logits' gradient reaches dx; else db, which costs no product.
+    sums = need_db or (wanted and not need_dx)
     if not wanted or owner.policy().at_step:
         if wanted:
             owner.check_keep(ticket)
         made = family.backward(
-            problem, stats, scale_N, need_dx=need_dx, need_dw=False, need_db=need_db,
+            problem, stats, scale_N, need_dx=need_dx, need_dw=False, need_db=sums,
             need_value=need_value, need_norm=wanted and owner.policy().clips, **given,
         )  # fmt: skip
         dx, db, rows_N = made.dx_ND, made.db_L, made.rows_N
         if wanted:
-            wrong = _wrong(problem, target, target_aux, scale_N)
+            wrong = _wrong(problem, target, target_aux, scale_N) | ~_all_finite(dx, db)
             owner.keep(keep_head(problem, stats, scale_N, made.norm2, wrong))
         if rows_N is not None:
             owner.fill_loss(serial, reduce_rows(rows_N, spec, factor))
@@ -220,16 +222,17 @@ def fused_head_loss_backward(
                 scale_N,
                 update,
                 need_dx=need_dx,
-                need_db=need_db,
+                need_db=sums,
                 need_value=need_value,
                 **guard,
                 **given,
             )
             if rows_N is not None:
                 owner.fill_loss(serial, reduce_rows(rows_N, spec, factor))
+        owner.notice_stored(_all_finite(dx, db), **guard)
     return (
         x.new_empty(0) if dx is None else dx.to(x.dtype),
-        x.new_empty(0) if db is None or bias is None else db.to(bias.dtype),
+        x.new_empty(0) if db is None or bias is None or not need_db else db.to(bias.dtype),
     )
 
 
@@ -302,6 +305,13 @@ def _guard(
     guard = _wrong(problem, target, target_aux, scale_N).to(torch.int32)
     owner.invalid.add(guard)
     return {"guard": guard}
+
+
+def _all_finite(dx_ND: Tensor | None, db_L: Tensor | None) -> Tensor:
+    """Whether the gradient of the logits was finite, by what was formed from it."""
+    seen = db_L if dx_ND is None else dx_ND
+    assert seen is not None
+    return torch.isfinite(seen).all()
 
 
 def _wrong(

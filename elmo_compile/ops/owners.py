@@ -91,6 +91,8 @@ class Owner(OpenCalls):
         """Since its last update the head was called, gradients on, with a weight nobody owns."""
         self.invalid = DeviceFlag()
         """CUDA: an input was invalid and the update was not applied."""
+        self.spoiled = DeviceFlag()
+        """CUDA: an update stored what is not finite."""
         self._kept_invalid = DeviceFlag()
         """CUDA: what was kept is invalid."""
         self.accumulate_node: Any = None
@@ -144,11 +146,43 @@ class Owner(OpenCalls):
         """Forget a backward that was captured without its step: the capture failed."""
         if self._captured_flags() and not capturing(self.param.device):
             self.pending = False
-            self.invalid.clear()
+            self._clear_flags()
             self.forget_kept()
 
+    def captured_wrong(self) -> list[Tensor]:
+        """In a CUDA graph: int32 scalars, not zero where this step is to change nothing."""
+        return [*self.invalid.captured, *self.spoiled.captured]
+
     def _captured_flags(self) -> list[Tensor]:
-        return [*self.invalid.captured, *self._kept_invalid.captured]
+        return [*self.captured_wrong(), *self._kept_invalid.captured]
+
+    def _clear_flags(self) -> None:
+        self.invalid.clear()
+        self.spoiled.clear()
+
+    def notice_stored(self, finite: Tensor, guard: Tensor | None = None) -> None:
+        """An update was made from a gradient of which `finite` (bool) tells what it says.
+
+        Args:
+            guard: as `applying` was given it.
+
+        Raises:
+            InputError: it was not, on a CPU; elsewhere `check_invalid` raises.
+        """
+        if self.param.is_cuda:
+            bad = ~finite if guard is None else ~finite & (guard == 0)
+            self.spoiled.add(bad.to(torch.int32))
+        elif not bool(finite):
+            self._raise_spoiled()
+
+    def _raise_spoiled(self) -> None:
+        self.inconsistent = True
+        raise InputError(
+            f"the gradient of the head {self.name} was not finite (NaN or infinity in its targets, "
+            "or logits that overflow), which shows only after the update: the weight now holds NaN "
+            "or infinity. Load it and the optimizer's state from the last checkpoint; with "
+            "update_at='step' nothing would have been stored"
+        )
 
     def _check_owned(self, ticket: int) -> None:
         if self.superseded:
@@ -170,7 +204,8 @@ class Owner(OpenCalls):
         if self.inconsistent:
             raise FusedUpdateError(
                 f"the head weight {self.name} is inconsistent: a backward stopped while it was "
-                "being updated. Load it and the optimizer's state from the last checkpoint"
+                "being updated, or stored NaN in it. Load it and the optimizer's state from the "
+                "last checkpoint"
             )
 
     def check_call(self) -> None:
@@ -228,8 +263,10 @@ class Owner(OpenCalls):
                 "must not be applied where the head's input was invalid. After a capture that "
                 "failed call opt.zero_grad()"
             )
-        wrong = self.invalid.is_set()
-        self.invalid.clear()
+        wrong, spoiled = self.invalid.is_set(), self.spoiled.is_set()
+        self._clear_flags()
+        if spoiled:
+            self._raise_spoiled()
         if wrong:
             raise InputError(
                 f"the features, targets or upstream gradient of the head {self.name} were "
@@ -317,7 +354,7 @@ class Owner(OpenCalls):
     def close_step(self) -> None:
         """`opt.step()` is over: the next backward may come."""
         self.pending = False
-        self.invalid.clear()
+        self._clear_flags()
         self.forget_kept()
 
     @contextmanager

@@ -173,13 +173,18 @@ def keep_program(
     chunk: int,
     compute: torch.dtype,
     norm2: Tensor | None,
+    finite: Tensor,
 ) -> KeptProgram:
-    """Keep a backward of a program, with copies of what compiled code may overwrite."""
+    """Keep a backward of a program, with copies of what compiled code may overwrite.
+
+    Args:
+        finite: bool: whether the gradient of the logits was.
+    """
 
     def copy(value: Any) -> Any:
         return value.detach().clone() if isinstance(value, Tensor) else value
 
-    finite = torch.stack([torch.isfinite(t).all() for t in (x, *tangents)]).all()
+    finite = torch.stack([finite, *(torch.isfinite(t).all() for t in (x, *tangents))]).all()
     return KeptProgram(
         program=program,
         x=copy(x),
