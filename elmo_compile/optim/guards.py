@@ -3,7 +3,8 @@
 A fused head's weight has no gradient, so clipping by norm would silently leave it out, and a
 scaled loss would be applied to it scaled. Functions of torch are wrapped, once, when the first
 fused optimizer is made; the wrappers do nothing unless a fused head is involved. With
-`update_at="step"` GradScaler works: what a head kept is unscaled and looked at with the gradients.
+`update_at="step"` GradScaler works: what a head kept is unscaled and looked at with the gradients;
+and a model's `zero_grad()` clears it, as the optimizer's does.
 
 Private names: `torch.nn.utils.clip_grad._clip_grads_with_norm_`, looked up by `clip_grad_norm_` at
 every call, so that `from torch.nn.utils import clip_grad_norm_` is covered too, and
@@ -31,13 +32,32 @@ _MARK = "_elmo_compile_guard"
 
 
 def install() -> None:
-    """Wrap torch's gradient clipping and GradScaler.scale (idempotent)."""
+    """Wrap torch's gradient clipping, GradScaler.scale and Module.zero_grad (idempotent)."""
     _wrap(clip_grad, "_clip_grads_with_norm_", _refuse_clipping)
     _wrap(torch.nn.utils, "clip_grads_with_norm_", _refuse_clipping)
     _wrap(clip_grad, "clip_grad_value_", _refuse_clipping)
     _wrap(torch.nn.utils, "clip_grad_value_", _refuse_clipping)
     _wrap(torch.amp.GradScaler, "scale", _refuse_scaling)
     _wrap_unscale()
+    _wrap_zero_grad()
+
+
+def _wrap_zero_grad() -> None:
+    original = torch.nn.Module.zero_grad
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def zero_grad(module: torch.nn.Module, set_to_none: bool = True) -> None:
+        original(module, set_to_none)
+        if any(owner.kept for owner in live_owners()):
+            for param in module.parameters():
+                owner = owner_of(param)
+                if owner is not None:
+                    owner.forget_kept()
+
+    setattr(zero_grad, _MARK, original)
+    torch.nn.Module.zero_grad = zero_grad  # type: ignore[method-assign, assignment]
 
 
 def _wrap_unscale() -> None:
