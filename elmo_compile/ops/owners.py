@@ -87,6 +87,8 @@ class Owner(OpenCalls):
         """Another optimizer took this weight over."""
         self.in_use = False
         """A compiled graph fuses this weight's update."""
+        self.other_steps = 0
+        """Steps of other optimizers over this weight while it waited for its own."""
         self.replaced_by_unowned = False
         """Since its last update the head was called, gradients on, with a weight nobody owns."""
         self.invalid = DeviceFlag()
@@ -354,6 +356,7 @@ class Owner(OpenCalls):
     def close_step(self) -> None:
         """`opt.step()` is over: the next backward may come."""
         self.pending = False
+        self.other_steps = 0
         self._clear_flags()
         self.forget_kept()
 

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from elmo_compile.errors import FusedUpdateError
 from elmo_compile.ops.fused import ANCHOR_NODE
@@ -40,6 +42,35 @@ def install() -> None:
     _wrap(torch.amp.GradScaler, "scale", _refuse_scaling)
     _wrap_unscale()
     _wrap_zero_grad()
+    global _step_hook
+    if _step_hook is None:
+        _step_hook = register_optimizer_step_pre_hook(_notice_other_steps)
+
+
+_step_hook: Any = None
+_OTHER_STEPS = 2
+"""Steps of another optimizer that are too many: one may belong to an order of steps."""
+
+
+def _notice_other_steps(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Warn where another optimizer steps a weight again and again whose owner never steps."""
+    waiting = {o.key for o in live_owners() if o.kept or o.pending}
+    waiting -= {o.key for o in getattr(optimizer, "_owners", ())}
+    if not waiting:
+        return
+    for param in [p for group in optimizer.param_groups for p in group["params"]]:
+        owner = owner_of(param)
+        if owner is None or owner.key not in waiting:
+            continue
+        owner.other_steps += 1
+        if owner.other_steps == _OTHER_STEPS:
+            warnings.warn(
+                f"torch.optim's {type(optimizer).__name__} steps the head weight {owner.name}, but "
+                "an elmo_compile optimizer owns it, takes its gradient, and is not stepped: call "
+                "that one's step(); or delete it (and the scheduler that holds it) if this one "
+                "trains the weight now",
+                stacklevel=4,  # step() inside torch's wrapper
+            )
 
 
 def _wrap_zero_grad() -> None:

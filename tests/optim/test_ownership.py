@@ -373,3 +373,31 @@ def test_features_gradients_are_not_taken_at_a_changed_weight() -> None:
         model.head.weight.mul_(0.1)
     with pytest.raises(FusedUpdateError, match="modified in place"):
         torch.autograd.grad(loss, model.encoder.weight)
+
+
+@pytest.mark.parametrize(
+    "how", [{"update_at": "step", "accumulate": "stash"}, {"accumulate": "step_each"}]
+)
+def test_an_optimizer_kept_alive_by_its_scheduler_is_told_of(how: dict) -> None:
+    model = net()
+    step, opt = owned(model, **how)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 1)
+    train(step, opt, 1)
+    del opt
+    other = torch.optim.SGD(model.parameters(), 0.5)
+    with pytest.warns(UserWarning, match=r"SGD steps the head weight head\.weight"):
+        train(step, other, 3)
+    del schedule
+
+
+def test_another_optimizer_may_step_before_the_owner() -> None:
+    model = net()
+    step, opt = owned(model, update_at="step")
+    other = torch.optim.SGD(model.parameters(), 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(3):
+            step(*batch(i)).backward()
+            other.step()
+            other.zero_grad()
+            opt.step()
