@@ -173,10 +173,16 @@ def most_rows(group: dict[str, Any]) -> int:
     return max((p.shape[0] for p in group["params"] if p.dim() == 2), default=0)
 
 
-def rows_of_group(group: dict[str, Any], params: list[Any]) -> Tensor:
-    """`kahan_rows` of a group as row numbers. Raises OptionError."""
+def rows_of_group(group: dict[str, Any], params: list[Any], *, asked: bool) -> Tensor | None:
+    """`kahan_rows` of a group as row numbers. Raises OptionError.
+
+    Args:
+        asked: whether it was given for this very group, which must have a matrix then.
+    """
     tensors = [p[1] if isinstance(p, tuple) else p for p in params]
     rows = max((p.shape[0] for p in tensors if isinstance(p, Tensor) and p.dim() == 2), default=0)
+    if not rows and not asked:
+        return None
     if not rows:
         raise OptionError("kahan_rows was given for a group without a matrix")
     return resolve_rows(group["kahan_rows"], rows)
