@@ -255,6 +255,25 @@ class HeadOptimizer(torch.optim.Optimizer):
         Raises:
             OptionError: the state was saved by a version with other rounding bits.
         """
+        taken: list[dict[str, Any]] = []
+
+        def take(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            taken.append(self._to_load(given))
+            return taken[-1]
+
+        # Behind the user's hooks, which may change what is loaded or what was.
+        before = self.register_load_state_dict_pre_hook(take)
+        after = self.register_load_state_dict_post_hook(
+            lambda _: self._loaded(taken[-1]), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _to_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A saved state with how to update as it is here. Raises as `load_state_dict`."""
         groups = []
         for group, mine in zip(state_dict["param_groups"], self.param_groups):
             version = group.get("rounding_version")
@@ -271,7 +290,10 @@ class HeadOptimizer(torch.optim.Optimizer):
             groups.append({**group, **{key: mine[key] for key in options.HOW}})
         if len(groups) == len(state_dict["param_groups"]):
             state_dict = {**state_dict, "param_groups": groups}
-        super().load_state_dict(state_dict)
+        return state_dict
+
+    def _loaded(self, state_dict: dict[str, Any]) -> None:
+        """torch.optim has loaded a state."""
         self._restore_state(state_dict)
         for owner in self._owners:
             owner.inconsistent = owner.pending = False
