@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -355,3 +356,20 @@ def test_state_follows_when_it_is_stored_in_8_bits_no_longer_or_newly(change: st
             by.step()
     torch.testing.assert_close(model.weight.float(), twin.weight, rtol=0, atol=1e-5)
     assert ("exp_avg_scale" in opt.state[model.weight]) == (first is None)
+
+
+def test_betas_that_change_are_told_of_once() -> None:
+    params = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(2, 2))]
+    opt = AdamW(params, 1e-3, fused=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 1e-3, total_steps=10)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.ones_like(param)
+            opt.step()
+            schedule.step()
+    assert ["cycle_momentum=False" in str(one.message) for one in told] == [True]
+    loaded = AdamW(params, 1e-3, fused=False)
+    loaded.load_state_dict(opt.state_dict())
+    loaded.step()
