@@ -225,13 +225,15 @@ class Owner(OpenCalls):
 
         FusedUpdateError: see `SGD.step`. InputError: as `check_invalid`.
         """
+        if self.superseded and not (self.in_use or self._heir_in_use()):
+            return  # Two optimizers of an ordinary matrix, as torch has it.
         if self.superseded:
             raise FusedUpdateError(
                 f"the head weight {self.name} belongs to a newer elmo_compile optimizer; step that "
                 "one"
             )
         self.check_consistent()
-        if self.in_use and self.pending and self.param.grad is not None:
+        if self.in_use and self.pending and self._has_gradient():
             raise FusedUpdateError(
                 f"the head weight {self.name} was updated inside backward() and also received a "
                 "dense gradient: another use of the weight (a tied embedding, a penalty, an "
@@ -246,6 +248,17 @@ class Owner(OpenCalls):
                 "optimizer again from the model's parameters"
             )
         self.check_invalid()
+
+    def _has_gradient(self) -> bool:
+        """Whether `.grad` says anything: zero_grad(set_to_none=False) leaves zeros there."""
+        grad = self.param.grad
+        if grad is None or grad.is_sparse or capturing(self.param.device):
+            return grad is not None
+        return bool(grad.any())
+
+    def _heir_in_use(self) -> bool:
+        heir = owner_of(self.param)
+        return heir is not None and heir.in_use
 
     def check_invalid(self) -> None:
         """Raise InputError if, on CUDA, an invalid input kept an update from being applied.

@@ -163,10 +163,10 @@ class HeadOptimizer(torch.optim.Optimizer):
         Args:
             guard: None, or one int32 on the device: not zero leaves everything as it is.
         """
-        kept = {id(owner.param) for owner in self._owners if owner.kept}
+        done = {id(o.param) for o in self._owners if o.kept or (o.in_use and o.pending)}
         items, counted = [], []
         for m in self._members():
-            if m.param.grad is not None and id(m.param) not in kept:
+            if m.param.grad is not None and id(m.param) not in done:
                 factor = factors.get(id(m.group))
                 items.append(Gradient(m.param, m.param.grad, self._update(*m), factor))
                 counted.append((self.state[m.param], m.group, m.param))

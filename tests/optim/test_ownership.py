@@ -401,3 +401,30 @@ def test_another_optimizer_may_step_before_the_owner() -> None:
             other.step()
             other.zero_grad()
             opt.step()
+
+
+def test_two_optimizers_of_a_matrix_that_is_no_head() -> None:
+    model = torch.nn.Linear(3, 2)
+    twin = copy.deepcopy(model)
+    first, second = (elmo.optim.SGD(model.parameters(), lr) for lr in (0.1, 0.2))
+    both = (torch.optim.SGD(twin.parameters(), lr) for lr in (0.1, 0.2))
+    x = torch.randn(4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for of, opts in ((model, (first, second)), (twin, both)):
+            of(x).sum().backward()
+            for opt in opts:
+                opt.step()
+    assert_same(model, twin)
+
+
+def test_zeros_left_by_an_eager_warm_up_are_no_gradient() -> None:
+    model = net()
+    want = reference(model, 3, momentum=0.9, weight_decay=0.01)
+    step, opt = owned(model, momentum=0.9, weight_decay=0.01)
+    for run, number in ((model, 0), (step, 1), (step, 2)):
+        run(*batch(number)).backward()
+        opt.step()
+        opt.zero_grad(set_to_none=False)
+    assert model.head.weight.grad is not None
+    assert_same(model, want)
