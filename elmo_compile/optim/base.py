@@ -21,7 +21,7 @@ from elmo_compile.optim import guards, options, state, whole
 from elmo_compile.optim.nothing_fused import nothing_fused
 from elmo_compile.optim.on_device import Graphs, count, rate_of, step_of
 from elmo_compile.optim.ordinary import Gradient, apply_updates, check_updates
-from elmo_compile.optim.used import Used
+from elmo_compile.optim.used import Applied, Used
 
 _INNER = {"params", "param_ids", "param_names", "rounding_version"}
 """Entries of a group that nobody asked for."""
@@ -45,7 +45,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         self._seen: list[list[Tensor]] = []
         self._warned = self._stepped = False
         self._skipped = 0
-        self._graphs, self._used = Graphs(), Used(defaults)
+        self._graphs, self._used, self._applied = Graphs(), Used(defaults), Applied()
         super().__init__(params, defaults)
 
     # What a rule is
@@ -137,6 +137,8 @@ class HeadOptimizer(torch.optim.Optimizer):
                 for owner in self._owners:
                     owner.check_step()
                     self._used.check(owner, self._find(owner.param).group)
+                self._applied.check()
+                heads = [owner for owner in self._owners if owner.pending or owner.kept]
                 gradients = whole.Gradients(self._members(), self._owners)
                 if captured:
                     wrong = gradients.wrong_on_device(self._owners)
@@ -151,6 +153,9 @@ class HeadOptimizer(torch.optim.Optimizer):
                 self._skipped += 1
             else:
                 self._apply(gradients.clip_factors(), self._graphs.guard(wrong))
+                owned = {id(owner.param) for owner in heads}
+                others = [m.param for m in self._members() if id(m.param) not in owned]
+                self._applied.note(others, heads)
         for owner in self._owners:
             owner.close_step()
         self._used.forget()
@@ -197,6 +202,7 @@ class HeadOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim; also forgets what backwards kept for `update_at="step"`."""
         super().zero_grad(set_to_none)
+        self._applied.forget()
         for owner in self._owners:
             owner.give_up_capture()
             owner.forget_kept()
@@ -299,6 +305,7 @@ class HeadOptimizer(torch.optim.Optimizer):
             owner.inconsistent = owner.pending = False
             owner.forget_kept()
         self._used.forget()
+        self._applied.forget()
 
     def _restore_state(self, state_dict: dict[str, Any]) -> None:
         """State as saved: torch.optim casts it to the weight's dtype, which may be fp8."""
@@ -317,6 +324,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         if not hasattr(self, "_owners"):
             self._owners, self._warned, self._stepped = [], False, False
             self._skipped, self._graphs, self._used = 0, Graphs(), Used(self.defaults)
+            self._applied = Applied()
         self._ids, self._next_id = WeakIdKeyDictionary(), 0
         for group in self.param_groups:
             for param, param_id in zip(group["params"], group["param_ids"]):
