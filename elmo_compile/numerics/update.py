@@ -48,6 +48,8 @@ class Form(NamedTuple):
     rule: RuleName = "sgd"
     nesterov: bool = False
     eco: bool = False
+    decay: bool = True
+    """Whether there is a weight decay: 0 times an infinite weight would be NaN."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,7 @@ class Update:
     @property
     def form(self) -> Form:
         """The code."""
-        return Form(self.rule, self.nesterov, self.eco)
+        return Form(self.rule, self.nesterov, self.eco, self.weight_decay != 0)
 
     @property
     def row_wise(self) -> bool:
@@ -159,12 +161,17 @@ def sgd(w: Tensor, grad: Tensor, state: State, r: Rates, form: Form) -> tuple[Te
 
     The momentum starts at zero, which makes its first value `g`, as in torch.
     """
-    step = grad + r.weight_decay * w
+    step = grad + r.weight_decay * w if form.decay else grad
     if state:
         m = r.beta1 * state[0] + step
         state = (m,)
         step = step + r.beta1 * m if form.nesterov else m
     return -r.lr * step, state
+
+
+def _decayed(step: Tensor, w: Tensor, r: Rates, form: Form) -> Tensor:
+    """A step with decoupled weight decay."""
+    return step + r.weight_decay * w if form.decay else step
 
 
 def adamw(w: Tensor, grad: Tensor, state: State, r: Rates, form: Form) -> tuple[Tensor, State]:
@@ -174,14 +181,14 @@ def adamw(w: Tensor, grad: Tensor, state: State, r: Rates, form: Form) -> tuple[
     """
     m = r.beta1 * state[0] + (1.0 - r.beta1) * grad
     v = r.beta2 * state[1] + (1.0 - r.beta2) * grad * grad
-    return -r.lr * (m / (torch.sqrt(v) + r.eps) + r.weight_decay * w), (m, v)
+    return -r.lr * _decayed(m / (torch.sqrt(v) + r.eps), w, r, form), (m, v)
 
 
 def lion(w: Tensor, grad: Tensor, state: State, r: Rates, form: Form) -> tuple[Tensor, State]:
     """`u = -lr (sign(b1 m + (1-b1) g) + wd w); m <- b2 m + (1-b2) g` (arXiv 2302.06675)."""
     direction = torch.sign(r.beta1 * state[0] + (1.0 - r.beta1) * grad)
     m = r.beta2 * state[0] + (1.0 - r.beta2) * grad
-    return -r.lr * (direction + r.weight_decay * w), (m,)
+    return -r.lr * _decayed(direction, w, r, form), (m,)
 
 
 def adagrad(w: Tensor, grad: Tensor, state: State, r: Rates, form: Form) -> tuple[Tensor, State]:
@@ -189,7 +196,7 @@ def adagrad(w: Tensor, grad: Tensor, state: State, r: Rates, form: Form) -> tupl
 
     `a <- a + mean_d g^2` is `accumulate_rows`.
     """
-    return -r.lr * (grad / (torch.sqrt(state[0]) + r.eps) + r.weight_decay * w), ()
+    return -r.lr * _decayed(grad / (torch.sqrt(state[0]) + r.eps), w, r, form), ()
 
 
 RULES: dict[str, Callable[[Tensor, Tensor, State, Rates, Form], tuple[Tensor, State]]] = {

@@ -1,10 +1,10 @@
 """`elmo::fused_head_loss`: linear + loss whose backward updates the weight instead of returning dW.
 
-The weight is not an argument: `handle` (int64 [5]: owner key, ticket, serial of the call, whether
-the loss value is needed at once, number of the DDP wrapper) names it at run time. `anchor` is an
-empty tensor whose gradient flows to the weight's AccumulateGrad node, so that autograd runs the
-backward op exactly when it would have computed the weight's gradient. `sink` is declared mutated by
-the backward op, which keeps it from being removed, merged or reordered.
+The weight is not an argument: `handle` (int64 [6]: owner key, ticket, serial of the call, whether
+the loss value is needed at once, version of the weight, number of the DDP wrapper) names it at run
+time. `anchor` is an empty tensor whose gradient flows to the weight's AccumulateGrad node, so that
+autograd runs the backward op exactly when it would have computed the weight's gradient. `sink` is
+declared mutated by the backward op, which keeps it from being removed, merged or reordered.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def open_call(owner: Owner) -> tuple[Tensor, Tensor, Tensor]:
     # A checkpoint around the call runs it again in backward, as another call with another loss
     # tensor: the one the caller holds could not be filled in.
     at_once = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    wrapper = number_of(wrapper_of(owner.param))
-    values = [owner.key, owner.ticket(), new_serial(), int(at_once), wrapper]
+    version, wrapper = owner.param._version, number_of(wrapper_of(owner.param))
+    values = [owner.key, owner.ticket(), new_serial(), int(at_once), version, wrapper]
     handle = torch.tensor(values, device="cpu")  # whatever torch.set_default_device says
     anchor: Tensor = Anchor.apply(owner.param)  # type: ignore[no-untyped-call]
     return anchor, handle, torch.zeros((), dtype=torch.int64, device="cpu")
@@ -81,7 +81,7 @@ def open_call(owner: Owner) -> tuple[Tensor, Tensor, Tensor]:
 
 def serial_if_deferred(handle: Tensor) -> int | None:
     """The serial of a call whose loss its backward fills in; None if it is computed at once."""
-    _, _, serial, at_once, _ = handle.tolist()
+    _, _, serial, at_once, *_ = handle.tolist()
     return None if at_once else int(serial)
 
 
@@ -189,7 +189,7 @@ def fused_head_loss_backward(
     from elmo_compile import kernels
 
     spec = LossSpec.decode(loss)
-    key, ticket, serial, at_once, wrapper = handle.tolist()
+    key, ticket, serial, at_once, version, wrapper = handle.tolist()
     need_value = deferred and not at_once and spec.name != CE
     owner = owner_by_key(key)
     weight = owner.param.detach()
@@ -197,20 +197,23 @@ def fused_head_loss_backward(
     problem = dataclasses.replace(problem, capturable=owner.policy().capturable)
     factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
     scale_N = row_scale(grad, spec, target, factor, x.shape[0])
+    owner.check_values(ticket, version)
     family = kernels.select(x.device)
     held = owner.take_held(serial) if hold else None
     given = {} if held is None else {"held": held}
     wanted = weight_is_wanted(owner)
+    # What is not finite in the logits' gradient reaches dx; else db, which costs no product.
+    sums = need_db or (wanted and not need_dx)
     if not wanted or owner.policy().at_step:
         if wanted:
             owner.check_keep(ticket)
         made = family.backward(
-            problem, stats, scale_N, need_dx=need_dx, need_dw=False, need_db=need_db,
+            problem, stats, scale_N, need_dx=need_dx, need_dw=False, need_db=sums,
             need_value=need_value, need_norm=wanted and owner.policy().clips, **given,
         )  # fmt: skip
         dx, db, rows_N = made.dx_ND, made.db_L, made.rows_N
         if wanted:
-            wrong = _wrong(problem, target, target_aux, scale_N)
+            wrong = _wrong(problem, target, target_aux, scale_N) | ~_all_finite(dx, db)
             owner.keep(keep_head(problem, stats, scale_N, made.norm2, wrong), group_of(wrapper))
         if rows_N is not None:
             owner.fill_loss(serial, reduce_rows(rows_N, spec, factor))
@@ -225,16 +228,17 @@ def fused_head_loss_backward(
                 scale_N,
                 update,
                 need_dx=need_dx,
-                need_db=need_db,
+                need_db=sums,
                 need_value=need_value,
                 **guard,
                 **given,
             )
             if rows_N is not None:
                 owner.fill_loss(serial, reduce_rows(rows_N, spec, factor))
+        owner.notice_stored(_all_finite(dx, db), **guard)
     return (
         x.new_empty(0) if dx is None else dx.to(x.dtype),
-        x.new_empty(0) if db is None or bias is None else db.to(bias.dtype),
+        x.new_empty(0) if db is None or bias is None or not need_db else db.to(bias.dtype),
     )
 
 
@@ -307,6 +311,13 @@ def _guard(
     guard = _wrong(problem, target, target_aux, scale_N).to(torch.int32)
     owner.invalid.add(guard)
     return {"guard": guard}
+
+
+def _all_finite(dx_ND: Tensor | None, db_L: Tensor | None) -> Tensor:
+    """Whether the gradient of the logits was finite, by what was formed from it."""
+    seen = db_L if dx_ND is None else dx_ND
+    assert seen is not None
+    return torch.isfinite(seen).all()
 
 
 def _wrong(

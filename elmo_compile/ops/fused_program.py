@@ -87,8 +87,9 @@ def fused_head_program_backward(
     from elmo_compile.kernels.aten.programs import backward
 
     found = find_program(program)
-    key, ticket, *_, wrapper = handle.tolist()
+    key, ticket, _, _, version, wrapper = handle.tolist()
     owner = owner_by_key(key)
+    owner.check_values(ticket, version)
     products = products_of([x], [owner.param.detach()], compute, [False])
     arguments = [*found.arguments(inputs, sizes), *saved, *tangents]
     wanted = weight_is_wanted(owner)
@@ -97,9 +98,10 @@ def fused_head_program_backward(
             owner.check_keep(ticket)
         made = backward(
             found, products, arguments, chunk, need_dx=[need_dx], need_dw=[False],
-            need_norm=wanted and owner.policy().clips,
+            need_norm=wanted and owner.policy().clips, need_finite=wanted,
         )  # fmt: skip
         if wanted:
+            assert made.finite is not None
             owner.keep(
                 keep_program(
                     found,
@@ -109,6 +111,7 @@ def fused_head_program_backward(
                     chunk,
                     compute,
                     made.norm2,
+                    made.finite,
                 ),
                 group_of(wrapper),
             )
@@ -120,8 +123,10 @@ def fused_head_program_backward(
         with owner.applying():
             made = backward(
                 found, products, arguments, chunk, need_dx=[need_dx], need_dw=[True],
-                updates={0: update},
+                updates={0: update}, need_finite=True,
             )  # fmt: skip
+        assert made.finite is not None
+        owner.notice_stored(made.finite)
     dx = made.dx[0]
     grads = input_gradients(found, inputs, made.inputs)
     flat = [grad.reshape(-1).to(work_dtype(compute)) for grad in grads]

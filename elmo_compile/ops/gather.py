@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elmo_compile.errors import FusedUpdateError
+from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.numerics.losses import Positives
 from elmo_compile.ops.second_pass import Kept, KeptHead, merged, stack_targets
 
@@ -37,6 +38,7 @@ def gathered(kept: Sequence[Kept], group: Any) -> list[Kept]:
         )
     one = mine[0]
     p = one.problem
+    _check_bias(p, group)
     rows = _sizes(p.x_ND, group)
     return [
         KeptHead(
@@ -52,6 +54,26 @@ def gathered(kept: Sequence[Kept], group: Any) -> list[Kept]:
             task=one.task,
         )
     ]
+
+
+def _check_bias(p: HeadProblem, group: Any) -> None:
+    """Raise FusedUpdateError, in every process, unless all have the same bias.
+
+    Sums of its bits are compared: integers, so that no order of summation matters.
+    """
+    sums = torch.zeros(2, dtype=torch.int64, device=p.x_ND.device)
+    if p.b_L is not None:
+        words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        bits = p.b_L.contiguous().view(words[p.b_L.element_size()]).to(torch.int64)
+        places = torch.arange(1, bits.numel() + 1, device=bits.device)
+        sums = torch.stack([bits.sum(), (bits * places).sum()])
+    found = _gather(sums, group)
+    if any(not torch.equal(found[0], other) for other in found[1:]):
+        raise FusedUpdateError(
+            "under DistributedDataParallel a head's bias must be the same in every process: what "
+            "differs from batch to batch cannot be gathered. Construct the optimizer with "
+            "fused=False"
+        )
 
 
 def _gather_targets(target: Any, rows: list[int], group: Any) -> Tensor | Positives:

@@ -87,15 +87,34 @@ class Owner(OpenCalls):
         """Another optimizer took this weight over."""
         self.in_use = False
         """A compiled graph fuses this weight's update."""
+        self.other_steps = 0
+        """Steps of other optimizers over this weight while it waited for its own."""
         self.replaced_by_unowned = False
         """Since its last update the head was called, gradients on, with a weight nobody owns."""
         self.invalid = DeviceFlag()
         """CUDA: an input was invalid and the update was not applied."""
+        self.spoiled = DeviceFlag()
+        """CUDA: an update stored what is not finite."""
         self._kept_invalid = DeviceFlag()
         """CUDA: what was kept is invalid."""
         self.accumulate_node: Any = None
         """Of the last forward, until the weight is updated: kept longer it would outlive its
         stream, and a CUDA graph captured on another one could not hold the next backward."""
+
+    def check_values(self, ticket: int, version: int) -> None:
+        """Raise FusedUpdateError if somebody else wrote to the weight since the forward.
+
+        Args:
+            ticket: of the forward; the owner's own updates are `check_ticket`'s.
+            version: of the weight, in the forward.
+        """
+        if version != self.param._version and ticket == self.ticket():
+            raise FusedUpdateError(
+                f"the head weight {self.name} was modified in place between forward and backward "
+                "(another optimizer, load_state_dict, a write under no_grad), so its gradient "
+                "would be taken at other weights. Modify it before the forward or after "
+                "opt.step()"
+            )
 
     def check_ticket(self, ticket: int) -> None:
         """Raise FusedUpdateError if a backward for `ticket` must not update the weight."""
@@ -129,11 +148,43 @@ class Owner(OpenCalls):
         """Forget a backward that was captured without its step: the capture failed."""
         if self._captured_flags() and not capturing(self.param.device):
             self.pending = False
-            self.invalid.clear()
+            self._clear_flags()
             self.forget_kept()
 
+    def captured_wrong(self) -> list[Tensor]:
+        """In a CUDA graph: int32 scalars, not zero where this step is to change nothing."""
+        return [*self.invalid.captured, *self.spoiled.captured]
+
     def _captured_flags(self) -> list[Tensor]:
-        return [*self.invalid.captured, *self._kept_invalid.captured]
+        return [*self.captured_wrong(), *self._kept_invalid.captured]
+
+    def _clear_flags(self) -> None:
+        self.invalid.clear()
+        self.spoiled.clear()
+
+    def notice_stored(self, finite: Tensor, guard: Tensor | None = None) -> None:
+        """An update was made from a gradient of which `finite` (bool) tells what it says.
+
+        Args:
+            guard: as `applying` was given it.
+
+        Raises:
+            InputError: it was not, on a CPU; elsewhere `check_invalid` raises.
+        """
+        if self.param.is_cuda:
+            bad = ~finite if guard is None else ~finite & (guard == 0)
+            self.spoiled.add(bad.to(torch.int32))
+        elif not bool(finite):
+            self._raise_spoiled()
+
+    def _raise_spoiled(self) -> None:
+        self.inconsistent = True
+        raise InputError(
+            f"the gradient of the head {self.name} was not finite (NaN or infinity in its targets, "
+            "or logits that overflow), which shows only after the update: the weight now holds NaN "
+            "or infinity. Load it and the optimizer's state from the last checkpoint; with "
+            "update_at='step' nothing would have been stored"
+        )
 
     def _check_owned(self, ticket: int) -> None:
         if self.superseded:
@@ -155,7 +206,8 @@ class Owner(OpenCalls):
         if self.inconsistent:
             raise FusedUpdateError(
                 f"the head weight {self.name} is inconsistent: a backward stopped while it was "
-                "being updated. Load it and the optimizer's state from the last checkpoint"
+                "being updated, or stored NaN in it. Load it and the optimizer's state from the "
+                "last checkpoint"
             )
 
     def check_call(self) -> None:
@@ -173,13 +225,15 @@ class Owner(OpenCalls):
 
         FusedUpdateError: see `SGD.step`. InputError: as `check_invalid`.
         """
+        if self.superseded and not (self.in_use or self._heir_in_use()):
+            return  # Two optimizers of an ordinary matrix, as torch has it.
         if self.superseded:
             raise FusedUpdateError(
                 f"the head weight {self.name} belongs to a newer elmo_compile optimizer; step that "
                 "one"
             )
         self.check_consistent()
-        if self.in_use and self.pending and self.param.grad is not None:
+        if self.in_use and self.pending and self._has_gradient():
             raise FusedUpdateError(
                 f"the head weight {self.name} was updated inside backward() and also received a "
                 "dense gradient: another use of the weight (a tied embedding, a penalty, an "
@@ -194,6 +248,17 @@ class Owner(OpenCalls):
                 "optimizer again from the model's parameters"
             )
         self.check_invalid()
+
+    def _has_gradient(self) -> bool:
+        """Whether `.grad` says anything: zero_grad(set_to_none=False) leaves zeros there."""
+        grad = self.param.grad
+        if grad is None or grad.is_sparse or capturing(self.param.device):
+            return grad is not None
+        return bool(grad.any())
+
+    def _heir_in_use(self) -> bool:
+        heir = owner_of(self.param)
+        return heir is not None and heir.in_use
 
     def check_invalid(self) -> None:
         """Raise InputError if, on CUDA, an invalid input kept an update from being applied.
@@ -213,8 +278,10 @@ class Owner(OpenCalls):
                 "must not be applied where the head's input was invalid. After a capture that "
                 "failed call opt.zero_grad()"
             )
-        wrong = self.invalid.is_set()
-        self.invalid.clear()
+        wrong, spoiled = self.invalid.is_set(), self.spoiled.is_set()
+        self._clear_flags()
+        if spoiled:
+            self._raise_spoiled()
         if wrong:
             raise InputError(
                 f"the features, targets or upstream gradient of the head {self.name} were "
@@ -315,7 +382,8 @@ class Owner(OpenCalls):
     def close_step(self) -> None:
         """`opt.step()` is over: the next backward may come."""
         self.pending = False
-        self.invalid.clear()
+        self.other_steps = 0
+        self._clear_flags()
         self.forget_kept()
 
     @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from elmo_compile.kernels.problem import Chunk, HeadProblem
+from elmo_compile.numerics.capture import capturing
 from elmo_compile.numerics.losses import BCE, LossSpec, Positives
 from elmo_compile.numerics.update import Update
 
@@ -34,6 +35,8 @@ class KeptHead:
     """bool: features, targets or upstream gradient were invalid or not finite."""
     task: int
     """Which run of autograd it was."""
+    bias: tuple[Tensor, int] | None = None
+    """On a GPU: the bias itself (the problem has a copy) and its version then."""
 
     def times_(self, factor: float | Tensor) -> None:
         """Scale the gradient."""
@@ -51,11 +54,26 @@ class KeptHead:
         )
         return found
 
-    def merged_key(self) -> Any:
-        """Backwards with the same key can be merged."""
+    def merges_with(self, other: KeptHead) -> bool:
+        """Whether the rows of both can be stacked: the same loss of the same logits."""
+        return self._key() == other._key() and self._has_bias_of(other)
+
+    def _key(self) -> Any:
         p = self.problem
         loss = p.loss.name, p.loss.targets, p.loss.ignore_index
-        return *loss, p.compute_dtype, p.fp8_features, p.b_L is None
+        return *loss, p.compute_dtype, p.fp8_features
+
+    def _has_bias_of(self, other: KeptHead) -> bool:
+        """Whether both have equal biases; a GPU is waited for only if they are two tensors."""
+        mine, its = self.problem.b_L, other.problem.b_L
+        if mine is None or its is None:
+            return mine is its
+        if self.bias is not None and other.bias is not None:
+            if self.bias[0].data_ptr() == other.bias[0].data_ptr():
+                return self.bias[1] == other.bias[1]
+            if capturing(mine.device):
+                return False
+        return mine.dtype == its.dtype and torch.equal(mine, its)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -128,10 +146,11 @@ def keep_head(
 ) -> KeptHead:
     """Keep a backward, with copies of what compiled code may overwrite."""
     target, loss = _copied_target(problem)
+    b_L = problem.b_L
     problem = dataclasses.replace(
         problem,
         x_ND=problem.x_ND.detach().clone(),
-        b_L=None if problem.b_L is None else problem.b_L.detach(),
+        b_L=None if b_L is None else b_L.detach().clone(),
         target=target,
         loss=loss,
     )
@@ -142,6 +161,7 @@ def keep_head(
         norm2=norm2,
         wrong=wrong,
         task=current_task(),
+        bias=(b_L, b_L._version) if b_L is not None and b_L.is_cuda else None,
     )
 
 
@@ -153,13 +173,18 @@ def keep_program(
     chunk: int,
     compute: torch.dtype,
     norm2: Tensor | None,
+    finite: Tensor,
 ) -> KeptProgram:
-    """Keep a backward of a program, with copies of what compiled code may overwrite."""
+    """Keep a backward of a program, with copies of what compiled code may overwrite.
+
+    Args:
+        finite: bool: whether the gradient of the logits was.
+    """
 
     def copy(value: Any) -> Any:
         return value.detach().clone() if isinstance(value, Tensor) else value
 
-    finite = torch.stack([torch.isfinite(t).all() for t in (x, *tangents)]).all()
+    finite = torch.stack([finite, *(torch.isfinite(t).all() for t in (x, *tangents))]).all()
     return KeptProgram(
         program=program,
         x=copy(x),
@@ -195,14 +220,18 @@ def _copied_target(p: HeadProblem) -> tuple[Tensor | Positives, LossSpec]:
 
 def merged(kept: Sequence[Kept]) -> list[Kept]:
     """Several backwards through the same weight as few: their rows stacked where that can be."""
-    groups: dict[Any, list[KeptHead]] = {}
+    groups: list[list[KeptHead]] = []
     rest: list[Kept] = []
     for one in kept:
-        if isinstance(one, KeptHead):
-            groups.setdefault(one.merged_key(), []).append(one)
-        else:
+        if not isinstance(one, KeptHead):
             rest.append(one)
-    return [*(_stacked(group) for group in groups.values()), *rest]
+            continue
+        fitting = [group for group in groups if group[0].merges_with(one)]
+        if fitting:
+            fitting[0].append(one)
+        else:
+            groups.append([one])
+    return [*(_stacked(group) for group in groups), *rest]
 
 
 def _stacked(kept: list[KeptHead]) -> KeptHead:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from elmo_compile.errors import FusedUpdateError, InputError, OptionError
 from elmo_compile.numerics.blockwise import Blockwise
@@ -19,7 +21,7 @@ from elmo_compile.optim import guards, options, state, whole
 from elmo_compile.optim.nothing_fused import nothing_fused
 from elmo_compile.optim.on_device import Graphs, count, rate_of, step_of
 from elmo_compile.optim.ordinary import Gradient, apply_updates, check_updates
-from elmo_compile.optim.used import Used
+from elmo_compile.optim.used import Applied, Used
 
 _INNER = {"params", "param_ids", "param_names", "rounding_version"}
 """Entries of a group that nobody asked for."""
@@ -39,9 +41,11 @@ class HeadOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._owners: list[Owner] = []
         self._next_id = 0
+        self._ids: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._seen: list[list[Tensor]] = []
         self._warned = self._stepped = False
         self._skipped = 0
-        self._graphs, self._used = Graphs(), Used(defaults)
+        self._graphs, self._used, self._applied = Graphs(), Used(defaults), Applied()
         super().__init__(params, defaults)
 
     # What a rule is
@@ -70,13 +74,13 @@ class HeadOptimizer(torch.optim.Optimizer):
         given = param_group["params"]
         param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
         if checked["kahan_rows"] is not None:
-            param_group["kahan_rows"] = state.rows_of_group(checked, param_group["params"])
+            asked = param_group.get("kahan_rows") is not None  # else it is every group's default
+            rows = state.rows_of_group(checked, param_group["params"], asked=asked)
+            param_group["kahan_rows"] = rows
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        count = len(group["params"])
-        group["param_ids"] = list(range(self._next_id, self._next_id + count))
+        group["param_ids"] = [self._id_of(param) for param in group["params"]]
         group["rounding_version"] = ROUNDING_VERSION
-        self._next_id += count
         self._register()
 
     def fused_parameters(self) -> list[Tensor]:
@@ -133,6 +137,8 @@ class HeadOptimizer(torch.optim.Optimizer):
                 for owner in self._owners:
                     owner.check_step()
                     self._used.check(owner, self._find(owner.param).group)
+                self._applied.check()
+                heads = [owner for owner in self._owners if owner.pending or owner.kept]
                 gradients = whole.Gradients(self._members(), self._owners)
                 if captured:
                     wrong = gradients.wrong_on_device(self._owners)
@@ -147,6 +153,9 @@ class HeadOptimizer(torch.optim.Optimizer):
                 self._skipped += 1
             else:
                 self._apply(gradients.clip_factors(), self._graphs.guard(wrong))
+                owned = {id(owner.param) for owner in heads}
+                others = [m.param for m in self._members() if id(m.param) not in owned]
+                self._applied.note(others, heads)
         for owner in self._owners:
             owner.close_step()
         self._used.forget()
@@ -159,10 +168,10 @@ class HeadOptimizer(torch.optim.Optimizer):
         Args:
             guard: None, or one int32 on the device: not zero leaves everything as it is.
         """
-        kept = {id(owner.param) for owner in self._owners if owner.kept}
+        done = {id(o.param) for o in self._owners if o.kept or (o.in_use and o.pending)}
         items, counted = [], []
         for m in self._members():
-            if m.param.grad is not None and id(m.param) not in kept:
+            if m.param.grad is not None and id(m.param) not in done:
                 factor = factors.get(id(m.group))
                 items.append(Gradient(m.param, m.param.grad, self._update(*m), factor))
                 counted.append((self.state[m.param], m.group, m.param))
@@ -193,16 +202,42 @@ class HeadOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim; also forgets what backwards kept for `update_at="step"`."""
         super().zero_grad(set_to_none)
+        self._applied.forget()
         for owner in self._owners:
             owner.give_up_capture()
             owner.forget_kept()
 
     def _members(self) -> list[Member]:
+        self._follow_groups()
         return [
             Member(group, param, param_id)
             for group in self.param_groups
             for param, param_id in zip(group["params"], group["param_ids"])
         ]
+
+    def _follow_groups(self) -> None:
+        """Take in what was written into the groups' lists of parameters by hand.
+
+        Raises:
+            FusedUpdateError: a weight whose gradient was taken by its head is gone.
+        """
+        now = [group["params"] for group in self.param_groups]
+        if len(now) == len(self._seen) and all(map(_same_objects, now, self._seen)):
+            return
+        left = {id(param) for params in now for param in params}
+        for owner in self._owners:
+            if id(owner.param) not in left and (owner.pending or owner.kept):
+                raise _removed()
+        for group in self.param_groups:
+            group["param_ids"] = [self._id_of(param) for param in group["params"]]
+        self._register()
+
+    def _id_of(self, param: Tensor) -> int:
+        """The number of a parameter's rounding stream; a new one's is the next."""
+        if param not in self._ids:
+            self._ids[param] = self._next_id
+            self._next_id += 1
+        return int(self._ids[param])
 
     # Checkpoints
 
@@ -210,6 +245,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         """As torch.optim; holds rounding streams and counters, so that a resumed run continues."""
         for owner in self._owners:
             owner.check_consistent()
+        self._follow_groups()
         saved = super().state_dict()
         for held in saved["state"].values():
             if isinstance(held.get("step"), Tensor):
@@ -225,6 +261,25 @@ class HeadOptimizer(torch.optim.Optimizer):
         Raises:
             OptionError: the state was saved by a version with other rounding bits.
         """
+        taken: list[dict[str, Any]] = []
+
+        def take(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            taken.append(self._to_load(given))
+            return taken[-1]
+
+        # Behind the user's hooks, which may change what is loaded or what was.
+        before = self.register_load_state_dict_pre_hook(take)
+        after = self.register_load_state_dict_post_hook(
+            lambda _: self._loaded(taken[-1]), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _to_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A saved state with how to update as it is here. Raises as `load_state_dict`."""
         groups = []
         for group, mine in zip(state_dict["param_groups"], self.param_groups):
             version = group.get("rounding_version")
@@ -241,12 +296,16 @@ class HeadOptimizer(torch.optim.Optimizer):
             groups.append({**group, **{key: mine[key] for key in options.HOW}})
         if len(groups) == len(state_dict["param_groups"]):
             state_dict = {**state_dict, "param_groups": groups}
-        super().load_state_dict(state_dict)
+        return state_dict
+
+    def _loaded(self, state_dict: dict[str, Any]) -> None:
+        """torch.optim has loaded a state."""
         self._restore_state(state_dict)
         for owner in self._owners:
             owner.inconsistent = owner.pending = False
             owner.forget_kept()
         self._used.forget()
+        self._applied.forget()
 
     def _restore_state(self, state_dict: dict[str, Any]) -> None:
         """State as saved: torch.optim casts it to the weight's dtype, which may be fp8."""
@@ -265,24 +324,32 @@ class HeadOptimizer(torch.optim.Optimizer):
         if not hasattr(self, "_owners"):
             self._owners, self._warned, self._stepped = [], False, False
             self._skipped, self._graphs, self._used = 0, Graphs(), Used(self.defaults)
-        ids = [i for group in self.param_groups for i in group["param_ids"]]
-        self._next_id = 1 + max(ids, default=-1)
+            self._applied = Applied()
+        self._ids, self._next_id = WeakIdKeyDictionary(), 0
+        for group in self.param_groups:
+            for param, param_id in zip(group["params"], group["param_ids"]):
+                self._ids[param] = param_id
+                self._next_id = max(self._next_id, param_id + 1)
+        for group in self.param_groups:  # saved lists may be shorter
+            group["param_ids"] = [self._id_of(param) for param in group["params"]]
         self._register()
 
     # Ownership
 
     def _register(self) -> None:
         """Own every matrix of a fused group, and nothing else."""
+        self._seen = [list(group["params"]) for group in self.param_groups]
         owned = {id(owner.param): owner for owner in self._owners}
         wanted: list[Owner] = []
         for group in self.param_groups:
             if not group["fused"] or group["accumulate"] == "materialize":
                 continue
             guards.install()
-            names = group.get("param_names")
+            names = group.get("param_names") or []
             for index, (param, param_id) in enumerate(zip(group["params"], group["param_ids"])):
                 if param.dim() == 2:
-                    name = names[index] if names else f"#{param_id} {tuple(param.shape)}"
+                    known_name = names[index : index + 1]
+                    name = known_name[0] if known_name else f"#{param_id} {tuple(param.shape)}"
                     known = owned.pop(id(param), None) if id(param) in owned else None
                     wanted.append(known or self._own(param, name))
         for owner in owned.values():
@@ -303,10 +370,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         for member in self._members():
             if member.param is param:
                 return member
-        raise FusedUpdateError(
-            "a head's weight was removed from its optimizer's param_groups while it was fused; "
-            "construct the optimizer again"
-        )
+        raise _removed()
 
     # Updates
 
@@ -366,6 +430,17 @@ class HeadOptimizer(torch.optim.Optimizer):
                 nothing_fused(type(self).__name__, self._owners),
                 stacklevel=5,  # step() inside torch's two wrappers
             )
+
+
+def _same_objects(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def _removed() -> FusedUpdateError:
+    return FusedUpdateError(
+        "a head's weight was removed from its optimizer's param_groups between a forward of its "
+        "head and opt.step(); remove it after opt.step()"
+    )
 
 
 def is_fused(param: Tensor) -> bool:

@@ -3,7 +3,8 @@
 A fused head's weight has no gradient, so clipping by norm would silently leave it out, and a
 scaled loss would be applied to it scaled. Functions of torch are wrapped, once, when the first
 fused optimizer is made; the wrappers do nothing unless a fused head is involved. With
-`update_at="step"` GradScaler works: what a head kept is unscaled and looked at with the gradients.
+`update_at="step"` GradScaler works: what a head kept is unscaled and looked at with the gradients;
+and a model's `zero_grad()` clears it, as the optimizer's does.
 
 Private names: `torch.nn.utils.clip_grad._clip_grads_with_norm_`, looked up by `clip_grad_norm_` at
 every call, so that `from torch.nn.utils import clip_grad_norm_` is covered too, and
@@ -16,12 +17,14 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from elmo_compile.errors import FusedUpdateError
 from elmo_compile.ops.fused import ANCHOR_NODE
@@ -31,13 +34,61 @@ _MARK = "_elmo_compile_guard"
 
 
 def install() -> None:
-    """Wrap torch's gradient clipping and GradScaler.scale (idempotent)."""
+    """Wrap torch's gradient clipping, GradScaler.scale and Module.zero_grad (idempotent)."""
     _wrap(clip_grad, "_clip_grads_with_norm_", _refuse_clipping)
     _wrap(torch.nn.utils, "clip_grads_with_norm_", _refuse_clipping)
     _wrap(clip_grad, "clip_grad_value_", _refuse_clipping)
     _wrap(torch.nn.utils, "clip_grad_value_", _refuse_clipping)
     _wrap(torch.amp.GradScaler, "scale", _refuse_scaling)
     _wrap_unscale()
+    _wrap_zero_grad()
+    global _step_hook
+    if _step_hook is None:
+        _step_hook = register_optimizer_step_pre_hook(_notice_other_steps)
+
+
+_step_hook: Any = None
+_OTHER_STEPS = 2
+"""Steps of another optimizer that are too many: one may belong to an order of steps."""
+
+
+def _notice_other_steps(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Warn where another optimizer steps a weight again and again whose owner never steps."""
+    waiting = {o.key for o in live_owners() if o.kept or o.pending}
+    waiting -= {o.key for o in getattr(optimizer, "_owners", ())}
+    if not waiting:
+        return
+    for param in [p for group in optimizer.param_groups for p in group["params"]]:
+        owner = owner_of(param)
+        if owner is None or owner.key not in waiting:
+            continue
+        owner.other_steps += 1
+        if owner.other_steps == _OTHER_STEPS:
+            warnings.warn(
+                f"torch.optim's {type(optimizer).__name__} steps the head weight {owner.name}, but "
+                "an elmo_compile optimizer owns it, takes its gradient, and is not stepped: call "
+                "that one's step(); or delete it (and the scheduler that holds it) if this one "
+                "trains the weight now",
+                stacklevel=4,  # step() inside torch's wrapper
+            )
+
+
+def _wrap_zero_grad() -> None:
+    original = torch.nn.Module.zero_grad
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def zero_grad(module: torch.nn.Module, set_to_none: bool = True) -> None:
+        original(module, set_to_none)
+        if any(owner.kept for owner in live_owners()):
+            for param in module.parameters():
+                owner = owner_of(param)
+                if owner is not None:
+                    owner.forget_kept()
+
+    setattr(zero_grad, _MARK, original)
+    torch.nn.Module.zero_grad = zero_grad  # type: ignore[method-assign, assignment]
 
 
 def _wrap_unscale() -> None:

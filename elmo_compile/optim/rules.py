@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -133,6 +134,10 @@ class AdamW(HeadOptimizer):
     Source: torch.optim.AdamW for the rule; optimi for the debiased form.
     """
 
+    _betas: dict[int, tuple[float, ...]]
+    """What each group said at its first update, by the number of its first parameter."""
+    _told_of_betas = False
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -155,15 +160,34 @@ class AdamW(HeadOptimizer):
         nonfinite: Literal["error", "skip"] = "error",
         capturable: bool = False,
     ) -> None:
+        self._betas = {}
         super().__init__(params, _defaults(locals()))
 
     def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
 
     def _rule(self, group: dict[str, Any]) -> dict[str, Any]:
+        self._notice_changed_betas(group)
         (beta1, beta2), eps, eco = group["betas"], group["eps"], group["eco"]
         betas = {"beta1": beta1, "beta2": beta2, "debias": True}
         return {"rule": "adamw", **betas, "eps": eps, "eco": eco}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._betas = {}
+        super().__setstate__(state)
+
+    def _notice_changed_betas(self, group: dict[str, Any]) -> None:
+        """Warn, once, where a group's betas change in the course of training."""
+        now = tuple(group["betas"])
+        before = self._betas.setdefault(group["param_ids"][0], now)
+        if now != before and not self._told_of_betas:
+            self._told_of_betas = True
+            warnings.warn(
+                f"betas changed from {before} to {now}: from here on this is not "
+                "torch.optim.AdamW, since moments are kept bias-corrected by the betas of now. "
+                "With OneCycleLR and CyclicLR pass cycle_momentum=False",
+                stacklevel=2,
+            )
 
 
 @_documented(

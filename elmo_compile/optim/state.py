@@ -58,6 +58,8 @@ def slot(
     """
     if wanted == "8bit" and _takes_8bit(param):
         return _blockwise_slot(held, name, param, signed)
+    if f"{name}_scale" in held:
+        held[name] = _decoded(held, name, param, signed)
     if name not in held:
         held[name] = torch.zeros_like(param, dtype=state_dtype(param.dtype, wanted))
     held[name] = held[name].to(param.device, state_dtype(param.dtype, wanted))
@@ -67,14 +69,30 @@ def slot(
 
 def _blockwise_slot(held: dict[str, Any], name: str, param: Tensor, signed: bool) -> Blockwise:
     table, scales = _table(signed, param.device), f"{name}_scale"
-    if name not in held:
+    if scales not in held:
+        wide = held.get(name)
         blocks = param.numel() // _block_size(param)
         zero = int((table == 0).nonzero()[0, 0])
         held[name] = torch.full_like(param, zero, dtype=torch.uint8)
         held[scales] = torch.zeros(blocks, device=param.device)
+        if wide is not None:  # until now it was not stored in 8 bits
+            values = wide.to(param.device, torch.float32)
+            state, rows = Blockwise(held[name], held[scales], table), _rows_of(param)
+            state.store(0, rows, values.reshape(rows, -1))
     for key in (name, scales):
         held[key] = held[key].to(param.device)
     return Blockwise(held[name], held[scales], table)
+
+
+def _decoded(held: dict[str, Any], name: str, param: Tensor, signed: bool) -> Tensor:
+    """State that is no longer stored in 8 bits, as values; its scales are dropped."""
+    codes, scale = held[name], held.pop(f"{name}_scale").to(held[name].device)
+    state = Blockwise(codes, scale, _table(signed, codes.device))
+    return state.load(0, _rows_of(codes)).view(codes.shape)
+
+
+def _rows_of(param: Tensor) -> int:
+    return param.numel() // param.shape[-1]
 
 
 @functools.cache
@@ -173,10 +191,16 @@ def most_rows(group: dict[str, Any]) -> int:
     return max((p.shape[0] for p in group["params"] if p.dim() == 2), default=0)
 
 
-def rows_of_group(group: dict[str, Any], params: list[Any]) -> Tensor:
-    """`kahan_rows` of a group as row numbers. Raises OptionError."""
+def rows_of_group(group: dict[str, Any], params: list[Any], *, asked: bool) -> Tensor | None:
+    """`kahan_rows` of a group as row numbers. Raises OptionError.
+
+    Args:
+        asked: whether it was given for this very group, which must have a matrix then.
+    """
     tensors = [p[1] if isinstance(p, tuple) else p for p in params]
     rows = max((p.shape[0] for p in tensors if isinstance(p, Tensor) and p.dim() == 2), default=0)
+    if not rows and not asked:
+        return None
     if not rows:
         raise OptionError("kahan_rows was given for a group without a matrix")
     return resolve_rows(group["kahan_rows"], rows)

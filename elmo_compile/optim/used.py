@@ -14,6 +14,51 @@ from elmo_compile.optim.options import HOW
 Group = dict[str, Any]
 
 
+_HELD = 1 << 20
+"""Elements of a gradient that may be held on to."""
+
+
+class Applied:
+    """What the last step that updated heads had of gradients, to notice it being applied again.
+
+    torch applies gradients that nobody cleared once more; a fused head has none.
+    """
+
+    def __init__(self) -> None:
+        self._grad: Tensor | None = None
+        self._of: Tensor | None = None
+        self._version = 0
+        self._heads: list[Owner] = []
+
+    def note(self, params: Iterable[Tensor], heads: Iterable[Owner]) -> None:
+        """A step is over: `heads` were updated in it, and these parameters were its others."""
+        self._heads, self._of, self._grad = list(heads), None, None
+        small = [p for p in params if p.grad is not None and p.numel() <= _HELD]
+        if small and self._heads:
+            self._of = min(small, key=Tensor.numel)
+            self._grad = self._of.grad
+            assert self._grad is not None
+            self._version = self._grad._version
+
+    def forget(self) -> None:
+        """Gradients were cleared."""
+        self.note((), ())
+
+    def check(self) -> None:
+        """Raise FusedUpdateError if a step would apply the same gradients, but not the heads'."""
+        if self._grad is None or self._of is None or self._of.grad is not self._grad:
+            return
+        if self._grad._version != self._version:
+            return
+        for owner in self._heads:
+            if not (owner.pending or owner.kept) and owner.param.requires_grad:
+                raise FusedUpdateError(
+                    "opt.step() was called twice with the same gradients. What is not fused would "
+                    f"be updated by them again, but not the head weight {owner.name}, whose "
+                    "gradient is gone. Call opt.zero_grad() and backward() between two steps"
+                )
+
+
 class Used:
     """What each head's group said when the head was first updated in this step."""
 

@@ -38,7 +38,7 @@ class Gradients:
         That is where a head's input was invalid, in this step's backward or in what it kept, and
         where a gradient with nonfinite="skip" is not finite.
         """
-        flags = [flag for owner in owners for flag in owner.invalid.captured]
+        flags = [flag for owner in owners for flag in owner.captured_wrong()]
         flags += [owner.wrong() for _, owner in self.kept]
         for group, grad in self.dense:
             if group["nonfinite"] == "skip":
@@ -61,7 +61,8 @@ class Gradients:
                 if group["nonfinite"] != "skip":
                     raise InputError(
                         f"the features, targets or upstream gradient of the head {owner.name} are "
-                        "invalid (NaN, infinity or a label out of range); nothing was updated, "
+                        "invalid (NaN, infinity or a label out of range), or its logits overflow; "
+                        "nothing was updated, "
                         "since a NaN stored in the weight would be permanent. Check the loss "
                         "scale, the learning rate and the encoder, or pass nonfinite='skip'"
                     )

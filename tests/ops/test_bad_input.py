@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from training import EAGER, LABELS, batch, compiled, net, owned, updates
 
 import elmo_compile as elmo
-from elmo_compile.errors import InputError
+from elmo_compile.errors import FusedUpdateError, InputError
 
 TARGETS = {
     "too large": (torch.tensor([1, 48, 3, 4, 5, 6]), r"label 48 at row 1.*0 <= class < 48"),
@@ -138,3 +138,61 @@ def test_the_op_checks_its_arguments(changes: dict, message: str) -> None:
     assert call().isfinite()
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+LOSSES = [F.binary_cross_entropy_with_logits, F.mse_loss]
+
+
+def dense(kind: str) -> Tensor:
+    """Dense targets, NaN in one place; or features that make logits overflow."""
+    target = torch.rand(6, LABELS)
+    if kind == "targets":
+        target[0, 0] = float("nan")
+    return target
+
+
+def regression(loss: Any, kind: str, encoder: bool) -> tuple[Any, nn.Module]:
+    head = nn.Linear(5, LABELS, bias=False)
+    model = nn.Sequential(nn.Linear(5, 5) if encoder else nn.Identity(), head)
+    if kind == "logits":
+        with torch.no_grad():
+            head.weight[3] = 3e38
+    return compiled(lambda x, y: loss(model(x), y)), model
+
+
+@pytest.mark.parametrize("encoder", [True, False])
+@pytest.mark.parametrize("kind", ["targets", "logits"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_gradient_that_is_not_finite_is_skipped(loss: Any, kind: str, encoder: bool) -> None:
+    step, model = regression(loss, kind, encoder)
+    opt = elmo.optim.SGD(model.parameters(), 0.5, update_at="step", nonfinite="skip")
+    before = model[1].weight.detach().clone()
+    x = batch()[0].abs() * 100
+    step(x, dense(kind)).backward()
+    assert opt.fused_parameters()
+    finite = kind == "logits" and loss is LOSSES[0] and not encoder  # sigmoid(inf) is 1
+    opt.step()
+    assert opt.skipped_steps == int(not finite)
+    assert torch.equal(model[1].weight, before) != finite
+
+
+@pytest.mark.parametrize("encoder", [True, False])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_nan_targets_found_after_the_update_are_told(loss: Any, encoder: bool) -> None:
+    step, model = regression(loss, "targets", encoder)
+    opt = elmo.optim.SGD(model.parameters(), 0.5)
+    with pytest.raises(InputError, match="the weight now holds NaN"):
+        step(batch()[0], dense("targets")).backward()
+    with pytest.raises(FusedUpdateError, match="inconsistent"):
+        opt.step()
+
+
+def test_grad_scaler_sees_nan_targets() -> None:
+    step, model = regression(F.mse_loss, "targets", encoder=False)
+    opt = elmo.optim.SGD(model.parameters(), 0.5, update_at="step")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(step(batch()[0], dense("targets"))).backward()
+    scaler.step(opt)
+    scaler.update()
+    assert scaler.get_scale() == 2.0
+    assert bool(torch.isfinite(model[1].weight).all())

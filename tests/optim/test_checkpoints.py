@@ -293,3 +293,23 @@ def test_a_loaded_state_is_no_other_optimizer_s_state() -> None:
     other.step()
     assert torch.equal(opt.state[model.weight]["exp_avg"], before)
     assert not torch.equal(other.state[twin.weight]["exp_avg"], before)
+
+
+def test_hooks_may_change_what_is_loaded() -> None:
+    params = [nn.Parameter(torch.zeros(4))]
+    opt = SGD(params, 0.1, momentum=0.9, fused=False)
+    params[0].grad = torch.ones(4)
+    opt.step()
+
+    def doubled(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        state = {**saved["state"][0], "momentum_buffer": torch.full((4,), 2.0)}
+        return {**saved, "state": {0: state}}
+
+    def counted(optimizer: Any) -> None:
+        optimizer.state[params[0]]["step"] += 5
+
+    opt.register_load_state_dict_pre_hook(doubled)
+    opt.register_load_state_dict_post_hook(counted)
+    opt.load_state_dict(opt.state_dict())
+    assert opt.state[params[0]]["momentum_buffer"].tolist() == [2.0] * 4
+    assert int(opt.state[params[0]]["step"]) == 6

@@ -266,3 +266,22 @@ def test_a_sparse_gradient_that_cannot_be_honoured_leaves_the_heads_alone() -> N
         opt.step()
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("how", [{}, {"update_at": "step"}], ids=str)
+def test_a_second_step_with_the_same_gradients_raises(how: dict) -> None:
+    model = net()
+    step, opt = owned(model, **how)
+    step(*batch(0)).backward()
+    opt.step()
+    before = model.encoder.weight.detach().clone()
+    with pytest.raises(FusedUpdateError, match="twice with the same gradients"):
+        opt.step()
+    assert torch.equal(model.encoder.weight, before)
+    for clear in (opt.zero_grad, model.zero_grad):
+        clear()
+        opt.step()
+        step(*batch(1)).backward()
+        opt.step()
+    step(*batch(2)).backward()  # gradients of two batches, as without zero_grad() in torch
+    opt.step()

@@ -105,3 +105,16 @@ def test_parameters_without_a_gradient_are_left_alone() -> None:
     assert torch.equal(unused, torch.ones(2))
     assert torch.equal(used, torch.full((2,), 0.95))
     assert "step" not in opt.state[unused]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rule", ["SGD", "AdamW", "Lion", "Adagrad"])
+def test_without_weight_decay_infinite_parameters_stay(rule: str, dtype: torch.dtype) -> None:
+    """Padded labels have a bias of minus infinity."""
+    before = torch.tensor([0.0, -torch.inf], dtype=dtype)
+    bias = nn.Parameter(before.clone())
+    opt = getattr(elmo.optim, rule)([bias], 0.1, weight_decay=0.0, fused=False)
+    for _ in range(2):
+        bias.grad = torch.zeros_like(bias)
+        opt.step()
+    assert torch.equal(bias.detach(), before)

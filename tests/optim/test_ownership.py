@@ -343,3 +343,88 @@ def test_a_closure_is_refused_if_a_head_is_fused() -> None:
     first = opt.step(closure)
     assert opt.step(closure) < first
     assert updates(opt, model.head.weight) == 2
+
+
+@pytest.mark.parametrize("kind", ["ce", "bce"])
+@pytest.mark.parametrize("update_at", ["backward", "step"])
+def test_a_weight_written_to_between_forward_and_backward(update_at: str, kind: str) -> None:
+    model = net(kind)
+    step, opt = owned(model, update_at=update_at)
+    train(step, opt, 1)
+    loss = step(*batch(1))
+    with torch.no_grad():
+        model.head.weight.mul_(0.1)
+    before = model.head.weight.detach().clone()
+    with pytest.raises(FusedUpdateError, match="modified in place between forward and backward"):
+        loss.backward()
+    assert torch.equal(model.head.weight, before)
+    opt.zero_grad()
+    del loss
+    want = reference(model, 2)
+    train(step, opt, 2)
+    assert_same(model, want)
+
+
+def test_features_gradients_are_not_taken_at_a_changed_weight() -> None:
+    model = net()
+    step, _ = owned(model)
+    loss = step(*batch(0))
+    with torch.no_grad():
+        model.head.weight.mul_(0.1)
+    with pytest.raises(FusedUpdateError, match="modified in place"):
+        torch.autograd.grad(loss, model.encoder.weight)
+
+
+@pytest.mark.parametrize(
+    "how", [{"update_at": "step", "accumulate": "stash"}, {"accumulate": "step_each"}]
+)
+def test_an_optimizer_kept_alive_by_its_scheduler_is_told_of(how: dict) -> None:
+    model = net()
+    step, opt = owned(model, **how)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 1)
+    train(step, opt, 1)
+    del opt
+    other = torch.optim.SGD(model.parameters(), 0.5)
+    with pytest.warns(UserWarning, match=r"SGD steps the head weight head\.weight"):
+        train(step, other, 3)
+    del schedule
+
+
+def test_another_optimizer_may_step_before_the_owner() -> None:
+    model = net()
+    step, opt = owned(model, update_at="step")
+    other = torch.optim.SGD(model.parameters(), 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(3):
+            step(*batch(i)).backward()
+            other.step()
+            other.zero_grad()
+            opt.step()
+
+
+def test_two_optimizers_of_a_matrix_that_is_no_head() -> None:
+    model = torch.nn.Linear(3, 2)
+    twin = copy.deepcopy(model)
+    first, second = (elmo.optim.SGD(model.parameters(), lr) for lr in (0.1, 0.2))
+    both = (torch.optim.SGD(twin.parameters(), lr) for lr in (0.1, 0.2))
+    x = torch.randn(4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for of, opts in ((model, (first, second)), (twin, both)):
+            of(x).sum().backward()
+            for opt in opts:
+                opt.step()
+    assert_same(model, twin)
+
+
+def test_zeros_left_by_an_eager_warm_up_are_no_gradient() -> None:
+    model = net()
+    want = reference(model, 3, momentum=0.9, weight_decay=0.01)
+    step, opt = owned(model, momentum=0.9, weight_decay=0.01)
+    for run, number in ((model, 0), (step, 1), (step, 2)):
+        run(*batch(number)).backward()
+        opt.step()
+        opt.zero_grad(set_to_none=False)
+    assert model.head.weight.grad is not None
+    assert_same(model, want)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -332,3 +333,43 @@ def test_counters_tell_what_rounding_did() -> None:
     opt = SGD(model.parameters(), 1e-4)
     train(compiled(model), opt, 1)
     assert next(iter(opt.counters().values()))["saturated"] > 0.5
+
+
+@pytest.mark.parametrize("change", ["dtype", "no longer", "from now on"])
+def test_state_follows_when_it_is_stored_in_8_bits_no_longer_or_newly(change: str) -> None:
+    pytest.importorskip("torchao.optim")
+    torch.manual_seed(0)
+    model = nn.Linear(64, 128)
+    twin = copy.deepcopy(model)
+    first = None if change == "from now on" else "8bit"
+    grads = torch.randn(2, 128, 64)
+    opt = AdamW([model.weight], 1e-3, state_dtype=first, fused=False)
+    want = AdamW([twin.weight], 1e-3, state_dtype="8bit", fused=False)
+    for number, grad in enumerate(grads):
+        if number:
+            opt.param_groups[0]["state_dtype"] = "8bit" if first is None else None
+            if change == "dtype":
+                opt.param_groups[0]["state_dtype"] = "8bit"
+                model.double()
+        for one, by in ((model, opt), (twin, want)):
+            one.weight.grad = grad.to(one.weight.dtype)
+            by.step()
+    torch.testing.assert_close(model.weight.float(), twin.weight, rtol=0, atol=1e-5)
+    assert ("exp_avg_scale" in opt.state[model.weight]) == (first is None)
+
+
+def test_betas_that_change_are_told_of_once() -> None:
+    params = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(2, 2))]
+    opt = AdamW(params, 1e-3, fused=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 1e-3, total_steps=10)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.ones_like(param)
+            opt.step()
+            schedule.step()
+    assert ["cycle_momentum=False" in str(one.message) for one in told] == [True]
+    loaded = AdamW(params, 1e-3, fused=False)
+    loaded.load_state_dict(opt.state_dict())
+    loaded.step()

@@ -432,3 +432,35 @@ def test_the_report_says_when_and_at_what_price() -> None:
     assert (found["backward"].products, found["step"].products) == (3, 4)
     assert found["step"].fused_update
     assert "update_at='step'" in str(elmo.last_report())
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("whose", ["model", "head"])
+def test_a_module_s_zero_grad_discards_what_was_kept(whose: str, set_to_none: bool) -> None:
+    model = model_of("ce")
+    want = reference(model, 1)
+    step, opt = owned(model, accumulate="stash")
+    (1e6 * step(*batch(5))).backward()
+    model.zero_grad(set_to_none)
+    if whose == "head":
+        (1e6 * step(*batch(5))).backward()
+        model.head.zero_grad(set_to_none)
+        model.encoder.zero_grad(set_to_none)
+    step(*batch(0)).backward()
+    opt.step()
+    assert_same(model, want)
+
+
+@pytest.mark.parametrize("accumulate", ["stash", "error"])
+def test_a_scaler_goes_on_after_an_overflow(accumulate: str) -> None:
+    model = model_of("ce")
+    want = reference(model, 2)
+    step, opt = owned(model, accumulate=accumulate)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for scale, number in ((1.0, 0), (float("inf"), 7), (1.0, 1)):
+        scaler.scale(step(*batch(number)) * scale).backward()
+        scaler.step(opt)
+        scaler.update()
+        model.zero_grad()
+    assert scaler.get_scale() == 2.0**9
+    assert_same(model, want)

@@ -57,8 +57,10 @@ class ProductGradients:
         dw: list[Tensor | None],
         inputs: list[Any],
         norm2: Tensor | None = None,
+        finite: Tensor | None = None,
     ) -> None:
-        self.dx, self.dw, self.inputs, self.norm2 = dx, dw, inputs, norm2
+        self.dx, self.dw, self.inputs = dx, dw, inputs
+        self.norm2, self.finite = norm2, finite
 
 
 class _Products:
@@ -127,6 +129,7 @@ def backward(
     need_dw: Sequence[bool],
     updates: dict[int, Update] | None = None,
     need_norm: bool = False,
+    need_finite: bool = False,
 ) -> ProductGradients:
     """Gradients of features, weights and inputs.
 
@@ -134,6 +137,7 @@ def backward(
         inputs: of the program, then its saved values, then the upstream gradients.
         updates: products whose weight is updated in place instead of getting a gradient.
         need_norm: of the only product's dw: the sum of its squares.
+        need_finite: whether the logits' gradient is.
     """
     assert program.backward is not None
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -145,6 +149,7 @@ def backward(
         ]
 
         norm = GradientNorm(held.operands[0].x_ND, 1.0) if need_norm else None
+        sums: list[Tensor] = []
 
         def sink(start: int, stop: int, gradients: dict[int, Tensor]) -> None:
             for i, g in gradients.items():
@@ -153,6 +158,12 @@ def backward(
                     held.gradient(i, g),
                     held.weight(i, start, stop),
                 )
+                if need_finite:
+                    sums.append(
+                        g_CN.sum(
+                            dtype=torch.float64 if g_CN.dtype == torch.float64 else torch.float32
+                        )
+                    )
                 into = dx[i]
                 if into is not None:
                     into.add(g_CN, w_CD)
@@ -171,6 +182,7 @@ def backward(
             [None if d is None else d.dw_LD for d in dw],
             grads[len(products) :],
             None if norm is None else norm.result(),
+            _are_finite(sums, held.operands[0].x_ND.device) if need_finite else None,
         )
 
 
@@ -190,6 +202,10 @@ def program_chunks(
     ):
         dw = wide_product(held.gradient(0, gradients[0]), head.x_ND)
         yield start, stop, head.weight.restore(dw)
+
+
+def _are_finite(sums: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.isfinite(torch.stack([torch.zeros((), device=device), *sums])).all()
 
 
 def _restored(dx: FeatureGradient, product: Product) -> Tensor:
