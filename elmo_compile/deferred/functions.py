@@ -34,7 +34,7 @@ STAYS_DEFERRED = _methods(
     "float", "double", "half", "bfloat16", "to", "type", "contiguous", "view", "reshape",
     "flatten", "unflatten", "unsqueeze", "squeeze", "__getitem__", "softmax", "log_softmax",
     "sigmoid", "tanh", "mul", "div", "add", "sub", "__mul__", "__rmul__", "__truediv__", "__add__",
-    "__radd__", "__sub__", "multiply", "divide", "true_divide",
+    "__radd__", "__sub__", "multiply", "divide", "true_divide", "neg", "negative", "__neg__",
 ) | {F.softmax, F.log_softmax, F.logsigmoid}  # fmt: skip
 """One tensor in, one out, and nothing read of it but by the next operation."""
 
@@ -51,7 +51,7 @@ LOSSES = {
 }  # fmt: skip
 """Fused where they are reduced to rows or a scalar."""
 
-ROWS = _methods("gather", "logsumexp")
+ROWS = _methods("gather", "logsumexp", "sum", "mean")
 """Parts of a loss written by hand. Each would be an update of its own, so they stream where no
 update is fused."""
 

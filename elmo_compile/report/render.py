@@ -15,7 +15,10 @@ from elmo_compile.planner import HeadMemory, Plan, Term
 from elmo_compile.report.records import Match, Refusal, Report
 
 WIDTH = 110
-LEGEND = "Bytes: N rows, D features, L outputs, C outputs per chunk, M listed positives"
+LEGEND = (
+    "Bytes, the optimizer's state apart: N rows, D features, L outputs, C outputs per chunk, "
+    "M listed positives"
+)
 NOTHING = (
     "no graph has reached the backend: nothing compiled with it was called yet, or Dynamo skipped "
     "the function (as it does with those that call nn.RNN, nn.GRU or nn.LSTM); "

@@ -95,3 +95,20 @@ def test_reasons_are_bounded() -> None:
         made.count(str(number % 50))
     assert len(made) == 9
     assert sum(made.values()) == 100
+
+
+def test_label_smoothing_outside_streams() -> None:
+    """As transformers writes it: log-probabilities negated, gathered, and summed."""
+    head = nn.Linear(8, L)
+    model: Any = torch.compile(head, backend="elmo", options=OPTIONS)
+    x, y = batch()
+    grads = []
+    for logits in (model(x), head(x)):
+        head.zero_grad()
+        loss = -F.log_softmax(logits, dim=-1)
+        picked, all_of_them = loss.gather(-1, y[:, None]), loss.sum(-1, dtype=torch.float32)
+        (0.9 * picked.mean() + 0.1 * all_of_them.mean() / L).backward()
+        assert head.weight.grad is not None
+        grads.append(head.weight.grad.clone())
+    torch.testing.assert_close(*grads)
+    assert not any(match.made for report in elmo.reports() for match in report.matches)
