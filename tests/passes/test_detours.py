@@ -38,7 +38,7 @@ SPELLINGS = {
     "t": lambda x, w: x @ w.t(),
     "T": lambda x, w: x @ w.T,
     "transpose": lambda x, w: torch.matmul(x, w.transpose(0, 1)),
-    "cast": lambda x, w: F.linear(x.double(), w.double()).to(x.dtype),
+    "cast": lambda x, w: F.linear(x, w.double().to(x.dtype)),
 }
 
 
