@@ -43,6 +43,11 @@ def classes(*shape: int) -> Tensor:
     return torch.randint(0, L, shape or (N,))
 
 
+def rows() -> tuple[Any, ...]:
+    """Arguments of a loss of classes."""
+    return features(), weight(), classes()
+
+
 def labels(positives: int = 3) -> Tensor:
     """Distinct labels of each row."""
     return torch.stack([torch.randperm(L)[:positives] for _ in range(N)])

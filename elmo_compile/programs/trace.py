@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from elmo_compile.ops.cut import cut
 from elmo_compile.ops.in_range import in_range
+from elmo_compile.programs.decompositions import rewritten, table
 from elmo_compile.programs.record import Unsupported
 
 aten = torch.ops.aten
@@ -64,7 +64,7 @@ def trace(
     with mode, torch.no_grad(), _without_autocast():
         zs = [torch.empty(z.shape, dtype=work, device=z.device) for z in logits]
         run = _Region(module, products, work)
-        forward = _functional(run, (*zs, *values), _rewritten())
+        forward = _functional(run, (*zs, *values), rewritten())
     _pure(forward)
     ends: Any = forward.graph.output_node().args[0]
     results = list(ends)
@@ -77,10 +77,10 @@ def trace(
         if diff:
             function = _Joint(forward, len(zs), len(values), diff, wanted)
             inputs += [torch.empty_like(results[i].meta["val"]) for i in diff]
-        traced = make_fx(function, decomposition_table=_table())(*inputs)
+        traced = make_fx(function, decomposition_table=table())(*inputs)
         if any(map(_mutates, traced.graph.nodes)):  # Autograd's formulas write into what they make.
             with torch.no_grad():
-                traced = _functional(fx.Interpreter(traced).run, inputs, _table())
+                traced = _functional(fx.Interpreter(traced).run, inputs, table())
     _pure(traced)
     _row_sizes(traced, len(zs))
     return Traced(
@@ -216,117 +216,6 @@ class _Joint:
                 ends, leaves, list(rest[self.num_inputs :]), allow_unused=True
             )
         return list(results) + list(grads)
-
-
-@functools.cache
-def _table() -> dict[Any, Callable[..., Any]]:
-    """Decompositions: torch's core ones, its losses, and what `_rewritten` has."""
-    from torch._decomp import core_aten_decompositions, get_decompositions
-
-    table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
-    table.pop(aten.logsumexp.default, None)
-    losses = ["binary_cross_entropy_with_logits", "binary_cross_entropy"]
-    table.update(get_decompositions([getattr(aten, name) for name in losses]))
-    table[aten.var.correction] = _var
-    table[aten.std.correction] = _std
-    table[aten.max.default] = torch.amax
-    table[aten.min.default] = torch.amin
-    return table | _rewritten()
-
-
-@functools.cache
-def _rewritten() -> dict[Any, Callable[..., Any]]:
-    """What is written in other operations before autograd sees it.
-
-    These have a simpler gradient so. Everything else has autograd's own formula, which is finite
-    where that of its parts is not: the cross entropy of a saturated sigmoid, softplus of a large
-    number, the deviation of equal numbers.
-    """
-    from torch._decomp import get_decompositions
-
-    names = [
-        "nll_loss_forward", "nll_loss2d_forward", "multi_margin_loss", "mse_loss", "huber_loss",
-        "smooth_l1_loss", "soft_margin_loss", "softshrink", "hardshrink", "unbind",
-        "select_scatter",
-    ]  # fmt: skip
-    table: dict[Any, Callable[..., Any]] = dict(
-        get_decompositions([getattr(aten, name) for name in names])
-    )
-    table[aten._log_softmax.default] = _log_softmax
-    table[aten._softmax.default] = _softmax
-    # A number that is written is a scalar on the CPU, whatever it is written into.
-    table[aten.copy.default] = lambda into, source, non_blocking=False: source.to(
-        into.device, into.dtype
-    ).expand(into.shape)
-    # torch 2.15 writes `z[:, 0] = 1.0` so; the value does not depend on what was there.
-    table[aten.fill.Scalar] = lambda into, value: torch.full(
-        into.shape, value, dtype=into.dtype, device=into.device
-    )
-    table[aten.index_put.default] = _index_put
-    table[aten.mean.default] = _mean
-    table[aten.mean.dim] = _mean
-    return table
-
-
-def _index_put(
-    into: Tensor,
-    indices: Sequence[Tensor | None],
-    value: Tensor,
-    accumulate: bool = False,
-) -> Any:
-    """One value written by a mask chooses between two values, which can be done in chunks."""
-    given = [(i, index) for i, index in enumerate(indices) if index is not None]
-    if len(given) != 1 or given[0][1].dtype not in (torch.bool, torch.uint8) or value.numel() != 1:
-        return NotImplemented
-    ((start, mask),) = given
-    mask = mask.reshape(mask.shape + (1,) * (into.dim() - start - mask.dim()))
-    one = value.reshape(())
-    return torch.where(mask.bool(), into + one if accumulate else one, into)
-
-
-def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    x = x.to(torch.float32) if half_to_float else x
-    return x - torch.logsumexp(x, dim, keepdim=True)
-
-
-def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    made: Tensor = torch.exp(_log_softmax(x, dim, half_to_float))
-    return made
-
-
-def _mean(
-    x: Tensor,
-    dim: Sequence[int] | None = None,
-    keepdim: bool = False,
-    *,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    dims = [d % x.dim() for d in dim] if dim else list(range(x.dim()))
-    count: Any = 1
-    for d in dims:
-        count = count * x.shape[d]
-    mean: Tensor = torch.sum(x, dims, keepdim, dtype=dtype) / count
-    return mean
-
-
-def _var(
-    x: Tensor,
-    dim: Sequence[int] | None = None,
-    *,
-    correction: float | None = None,
-    keepdim: bool = False,
-) -> Tensor:
-    centred = x - _mean(x, dim, True)
-    count: Any = 1
-    for d in dim if dim else range(x.dim()):
-        count = count * x.shape[d]
-    free = count - (1 if correction is None else correction)
-    var: Tensor = torch.sum(centred * centred, list(dim or range(x.dim())), keepdim) / free
-    return var
-
-
-def _std(x: Tensor, dim: Sequence[int] | None = None, **options: Any) -> Tensor:
-    return torch.sqrt(_var(x, dim, **options))
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from programs import (
     features,
     matches,
     refusals,
+    rows,
     run,
     weight,
 )
@@ -27,10 +28,6 @@ ce = F.cross_entropy
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def rows():
-    return features(), weight(), classes()
 
 
 SPELLINGS = {

@@ -16,6 +16,7 @@ from programs import (
     features,
     matches,
     refusals,
+    rows,
     run,
     weight,
 )
@@ -26,10 +27,6 @@ ce = F.cross_entropy
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def rows():
-    return features(), weight(), classes()
 
 
 def some_outputs():

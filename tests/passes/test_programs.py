@@ -24,6 +24,7 @@ from programs import (
     labels,
     matches,
     refusals,
+    rows,
     run,
     weight,
 )
@@ -32,10 +33,6 @@ import elmo_compile as elmo
 
 ce = F.cross_entropy
 bce = F.binary_cross_entropy_with_logits
-
-
-def rows() -> tuple[Any, ...]:
-    return features(), weight(), classes()
 
 
 def dense_rows() -> tuple[Any, ...]:
