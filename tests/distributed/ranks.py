@@ -3,7 +3,8 @@
 python ranks.py RANK WORLD FOLDER KIND DTYPE WRAP HOW
 
 HOW: "loss": the model returns its loss; "logits": it returns logits; "bare": it does too, and is
-also called without DDP between backward() and step(); "refused": its head's gradient is ordinary.
+also called without DDP between backward() and step(); "refused": its head's gradient is ordinary;
+"biased": it returns its loss, and processes have different biases.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main(rank: int, world: int, folder: str, kind: str, dtype: str, wrap: str, h
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world
     )
     model = net(kind, seed=rank)  # what process 0 has is to count
-    if how != "loss":
+    if how not in ("loss", "biased"):
         model.__class__ = Scorer
     if dtype != "float32":
         elmo.convert_head(model, dtype=getattr(torch, dtype), name="head")
@@ -67,10 +68,13 @@ def main(rank: int, world: int, folder: str, kind: str, dtype: str, wrap: str, h
     )
     if how == "refused":
         optimizer.param_groups[0]["update_at"] = "backward"
+    if how == "biased":
+        with torch.no_grad():
+            model.head.bias += rank
     for step in range(STEPS):
         for micro in range(MICRO):
             inputs, labels = part(step, micro, rank, world)
-            if how == "loss":
+            if how in ("loss", "biased"):
                 loss = run(inputs, labels)
             else:
                 loss = loss_of_logits(kind, run(inputs), labels)
@@ -83,6 +87,10 @@ def main(rank: int, world: int, folder: str, kind: str, dtype: str, wrap: str, h
             loss_of_logits(
                 kind, torch.compile(model, backend="elmo", options=EAGER)(inputs), labels
             )
+        if how == "biased":
+            with pytest.raises(FusedUpdateError, match="bias must be the same in every process"):
+                optimizer.step()
+            return
         optimizer.step()
         optimizer.zero_grad()
     assert optimizer.fused_parameters() == [model.head.weight]

@@ -23,8 +23,10 @@ from ranks import MICRO, ROWS, STEPS
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
-def test_an_ignored_head_with_an_ordinary_gradient_is_refused(tmp_path: Path) -> None:
-    run(tmp_path, 2, "ce", "float32", "outside", "refused")
+@pytest.mark.parametrize("how", ["refused", "biased"])
+def test_what_would_let_processes_differ_is_refused(how: str, tmp_path: Path) -> None:
+    """An ordinary gradient of an ignored head, which nobody reduces; unlike biases."""
+    run(tmp_path, 2, "ce", "float32", "outside", how)
 
 
 def trained(folder: Path, world: int, *case: str) -> list[dict[str, torch.Tensor]]:
