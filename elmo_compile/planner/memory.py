@@ -17,7 +17,9 @@ CHUNK_OF_LOGITS = "chunk of logits, then gradient"
 ROUNDING_KEYS = 12 << 16
 """Bytes: int32 keys of 2^16 rows of weight, and 64-bit words while they are made."""
 EAGER_BELOW = 1 << 20
-"""Logits below which the CPU kernels do not compile their vector code (kernels.aten.compiled)."""
+EAGER_WEIGHT_BELOW = 1 << 22
+"""Logits below which the CPU kernels do not compile their vector code (kernels.aten.compiled), and
+elements of the weight below which they then do not compile its update either."""
 EAGER_UPDATE = 24
 EAGER_DECODE = 12
 """Bytes for each weight of a chunk where these run eagerly, as measured on torch 2.13."""
@@ -156,7 +158,7 @@ def _aten_buffers(shape: HeadShape) -> list[tuple[str, Any]]:
     code works in place on them."""
     operand = operand_size(shape)
     accumulate = max(4, operand)
-    eager = shape.number(N * L) < EAGER_BELOW
+    eager = shape.number(N * L) < EAGER_BELOW and shape.number(L * D) < EAGER_WEIGHT_BELOW
     terms: list[tuple[str, Any]] = [(CHUNK_OF_LOGITS, operand * N * C)]
     if operand != shape.weight_dtype.itemsize:
         terms.append(("chunk of weight, decoded", operand * C * D))

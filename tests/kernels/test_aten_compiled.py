@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters, get_compilation_metrics
 from torch.utils.flop_counter import FlopCounterMode
 
 from elmo_compile.kernels import aten
-from elmo_compile.kernels.aten import compiled, head
+from elmo_compile.kernels.aten import compiled, head, steps, stored
 from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.numerics.update import Update
 
@@ -75,6 +75,18 @@ def test_nothing_compiles_again() -> None:
     run(17, 20, 129, 64, lr=0.0, step=1)
     run(8, 8, 40, 39, lr=1.0, step=1 << 40, seed=9)
     assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_large_weight_is_updated_by_vector_code_with_few_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    p = problem("bce", num_rows=2, num_features=32, weight=torch.bfloat16, compute=torch.bfloat16)
+    step(p, 2)
+    assert not compiled._cache
+    monkeypatch.setattr(stored, "SMALL_WEIGHT", p.w_LD.numel())
+    step(p, 2)
+    assert [key[0] for key in compiled._cache] == [steps.lanes_]
 
 
 @pytest.mark.usefixtures("compile_all", "fresh")

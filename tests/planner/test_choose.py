@@ -67,7 +67,10 @@ def test_more_rows_make_the_chunk_smaller_down_to_the_minimum():
 
 
 def test_a_problem_too_small_to_compile_gets_small_chunks():
-    assert made(shape(1), None, LIMITS).chunk_size == LIMITS.min_chunk
+    small = {"outputs": 4000, "features": 1000}
+    assert made(shape(1, **small), None, LIMITS).chunk_size == LIMITS.min_chunk
+    assert made(shape(300, **small), None, LIMITS).chunk_size > LIMITS.min_chunk
+    assert made(shape(1, **{**small, "features": 1100}), None, LIMITS).chunk_size > LIMITS.min_chunk
 
 
 def test_a_larger_cache_makes_the_chunk_larger():

@@ -195,6 +195,7 @@ def test_float16_on_a_cpu_is_computed_in_float32():
 
 def test_the_kernels_compile_from_the_same_size_on():
     assert memory_module.EAGER_BELOW == compiled.SMALL
+    assert memory_module.EAGER_WEIGHT_BELOW == compiled.SMALL_WEIGHT
 
 
 def allocated(step) -> int:

@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 SMALL = 1 << 20
 """Below this many logits a problem runs eagerly: compiling takes seconds, once."""
+SMALL_WEIGHT = 1 << 22
+"""Elements of a weight whose decoding and update are compiled, however few its logits are."""
 
 _INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {
     # One kernel a piece: by default a long chain of integer operations is cut into several, with

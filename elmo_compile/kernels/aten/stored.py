@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elmo_compile.kernels.aten import decode, pieces
 from elmo_compile.kernels.aten.chunk_update import ChunkUpdate, choose_layout, restore_columns
-from elmo_compile.kernels.aten.compiled import piece
+from elmo_compile.kernels.aten.compiled import SMALL_WEIGHT, piece
 from elmo_compile.kernels.aten.lanes import as_words, halves_order
 from elmo_compile.numerics.formats import is_narrow
 from elmo_compile.numerics.update import Update
@@ -27,7 +27,7 @@ class StoredWeight:
         self.w_LD = w_LD.detach()
         self.operand = operand
         self.update = update = None if update is None else update.on_host()
-        self.fast = fast
+        self.fast = fast = fast or w_LD.numel() >= SMALL_WEIGHT
         self.chunk = chunk
         self.layout = choose_layout(self.w_LD, operand, update)
         self._decoded: Tensor | None = None
