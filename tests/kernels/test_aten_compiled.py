@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters, get_compilation_metrics
+from torch._inductor import ir
+from torch._inductor.loop_body import LoopBody
 from torch.utils.flop_counter import FlopCounterMode
 
 from elmo_compile.kernels import aten
@@ -104,6 +106,34 @@ def test_each_piece_is_traced_once(loss: str, weight: torch.dtype) -> None:
     step(p, 16)
     assert counters["stats"]["unique_graphs"] - before == len(compiled._cache)
     assert not any(metric.restart_reasons for metric in get_compilation_metrics()[seen:])
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_value_read_twice_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten values, each read three times by the next: 3^10 operations where Inductor inlines."""
+    traced: list[int] = []
+    trace = LoopBody._init_with_tracing
+
+    def counted(self: Any, *args: Any) -> None:
+        trace(self, *args)
+        traced.append(len(self.root_block.graph.nodes))
+
+    def chain_(x: Tensor) -> None:
+        v = x
+        for _ in range(10):
+            v = v * v - v
+        x.copy_(v)
+
+    monkeypatch.setattr(LoopBody, "_init_with_tracing", counted)
+    made = ir.Pointwise.make_loader
+    x = torch.rand(7, 33)
+    expected = x.clone()
+    chain_(expected)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled.piece(chain_, use_compiled=True)(x)
+    assert torch.allclose(x, expected, rtol=1e-5)
+    assert 0 < max(traced) < 100
+    assert ir.Pointwise.make_loader is made
 
 
 @pytest.mark.usefixtures("compile_all", "fresh")

@@ -20,6 +20,8 @@ import torch.fx as fx
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from elmo_compile.kernels.aten.traced_once import values_traced_once
+
 SMALL = 1 << 20
 """Below this many logits a problem runs eagerly: compiling takes seconds, once."""
 SMALL_WEIGHT = 1 << 22
@@ -157,7 +159,8 @@ def _compiled_once(key: Any, eager: _Run, compile_now: Callable[[], _Run]) -> _R
         if key in _cache:
             return _cache[key]
         try:
-            run = compile_now()
+            with values_traced_once():
+                run = compile_now()
         except Exception as error:  # whatever a compiler or its absence raises
             _tell(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
             run = eager
