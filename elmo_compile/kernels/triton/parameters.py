@@ -49,9 +49,15 @@ _TYPES = {
     torch.float8_e5m2: tl.uint8,
 }
 _BLOCK = 1024
+_FEW_ROWS = _BLOCK // 2
+"""Columns from which on a block lies in three rows at most."""
+_WORTH_KEYS = 32
+"""Columns from which on row keys are made once a row: they take at most half a byte a weight."""
+_KEY_BLOCK = 256
 _KEPT_BLOCKS = 1 << 20
-"""8 MiB of a table."""
-_FIELDS = 10
+"""32 MiB of a table."""
+_FIELDS = 11
+_NO_SLOT = 15
 
 
 @triton.jit
@@ -64,17 +70,76 @@ def _at(table_ptr, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexp
 
 
 @triton.jit
-def _words(rows, columns, seed, param, word2, word3):
-    """Random words of elements given by row and column."""
-    return mix32(row_keys(rows, seed, param, word2, word3) ^ columns.to(tl.uint32))
+def _row_keys(rows, record, row_offset, STREAM: tl.constexpr):
+    """The keys of rows of a tensor for a stream."""
+    return row_keys(
+        rows + row_offset, word(record, 0), word(record, 1), word(record, 2),
+        word(record, 3) + (STREAM << 24),
+    )  # fmt: skip
 
 
 @triton.jit
+def _words(
+    keys_ptr, all_rows, first_key, rows, columns, mask, record, row_offset,
+    SLOTS: tl.constexpr, STREAM: tl.constexpr,
+):  # fmt: skip
+    """Random words of elements given by row and column; anything for a stream that has no slot."""
+    SLOT: tl.constexpr = (SLOTS >> (4 * STREAM)) & 15
+    if SLOT == 15:
+        return columns.to(tl.uint32)
+    elif keys_ptr is None:
+        keys = _row_keys(rows, record, row_offset, STREAM)
+        return mix32(keys ^ columns.to(tl.uint32))
+    else:
+        keys = tl.load(keys_ptr + SLOT * all_rows + first_key + rows, mask=mask, other=0)
+        return mix32(keys.to(tl.uint32, bitcast=True) ^ columns.to(tl.uint32))
+
+
+@triton.jit
+def _store_keys(
+    keys_ptr, all_rows, rows, record, row_offset, mask, SLOTS: tl.constexpr, STREAM: tl.constexpr
+):
+    SLOT: tl.constexpr = (SLOTS >> (4 * STREAM)) & 15
+    if SLOT != 15:
+        keys = _row_keys(rows, record, row_offset, STREAM)
+        tl.store(keys_ptr + SLOT * all_rows, keys.to(tl.int32, bitcast=True), mask)
+
+
+@triton.jit(do_not_specialize=["all_rows"])
+def _parameter_keys_kernel(
+    keys_ptr,
+    table_ptr,
+    records_ptr,
+    blocks_ptr,
+    all_rows: tl.int64,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FIELDS: tl.constexpr,
+    RECORD: tl.constexpr,
+):
+    """keys[slot, first key + row] of BLOCK rows of one tensor, for the streams that have a slot.
+
+    A kernel of their own: ten rounds of Philox for an element would be most of an update.
+    """
+    tensor = tl.load(blocks_ptr + 4 * tl.program_id(0))
+    table = table_ptr + tensor * FIELDS
+    record = records_ptr + tensor * RECORD
+    rows = tl.load(blocks_ptr + 4 * tl.program_id(0) + 2) + tl.arange(0, BLOCK)
+    mask = rows < tl.load(table + 6) // tl.load(table + 7)
+    at = tl.load(table + 10) + rows
+    row_offset = tl.load(table + 8)
+    for stream in tl.static_range(4):
+        _store_keys(keys_ptr + at, all_rows, rows, record, row_offset, mask, SLOTS, stream)
+
+
+@triton.jit(do_not_specialize=["all_rows"])
 def _parameters_kernel(
     table_ptr,
     records_ptr,
     blocks_ptr,
+    keys_ptr,
     guard_ptr,
+    all_rows: tl.int64,
     W: tl.constexpr,
     G: tl.constexpr,
     FIRST: tl.constexpr,
@@ -84,26 +149,29 @@ def _parameters_kernel(
     RULE: tl.constexpr,
     NESTEROV: tl.constexpr,
     ECO: tl.constexpr,
+    DECAY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     E5M2: tl.constexpr,
     LARGEST: tl.constexpr,
     HALF: tl.constexpr,
     ALIGNED: tl.constexpr,
+    FEW_ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     FIELDS: tl.constexpr,
     RECORD: tl.constexpr,
 ):
     """One update of BLOCK elements of one tensor. None as a type: there is no such tensor.
 
+    keys: None, or what `_parameter_keys_kernel` made.
     guard: None, or one int32: not zero leaves everything as it is.
     ALIGNED: addresses and sizes are multiples of 16, which the compiler cannot see in numbers from
     memory, and without which its loads would take an element at a time.
     """
-    tensor = tl.load(blocks_ptr + 2 * tl.program_id(0)).to(tl.int64)
+    tensor = tl.load(blocks_ptr + 4 * tl.program_id(0))
     table = table_ptr + tensor * FIELDS
     record = records_ptr + tensor * RECORD
-    offsets = tl.load(blocks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
-    offsets = offsets + tl.arange(0, BLOCK)
+    offsets = tl.load(blocks_ptr + 4 * tl.program_id(0) + 1) * BLOCK + tl.arange(0, BLOCK)
     size = tl.load(table + 6)
     if guard_ptr is not None:
         size = tl.where(tl.load(guard_ptr) == 0, size, 0)
@@ -111,11 +179,15 @@ def _parameters_kernel(
         size = tl.multiple_of(size, 16)
     mask = offsets < size
     width = tl.load(table + 7)
-    row = offsets // width
-    column = (offsets - row * width).to(tl.int32)
-    seed, param = word(record, 0), word(record, 1)
-    word2, word3 = word(record, 2), word(record, 3)
-    rows = row + tl.load(table + 8)
+    # Where the block begins is in its table: no division for an element, or a short one.
+    column = tl.load(blocks_ptr + 4 * tl.program_id(0) + 3) + tl.arange(0, BLOCK)
+    if FEW_ROWS:
+        passed = (column >= width).to(tl.int64) + (column >= 2 * width).to(tl.int64)
+    else:
+        passed = (column.to(tl.int32) // width.to(tl.int32)).to(tl.int64)
+    row = tl.load(blocks_ptr + 4 * tl.program_id(0) + 2) + passed
+    column = (column - passed * width).to(tl.int32)
+    first_key, row_offset = tl.load(table + 10), tl.load(table + 8)
     lr, weight_decay, beta1, beta2, rest1, rest2, eps, error = rates(record)
     w_ptr = _at(table, 0, W, ALIGNED)
     w = widen(tl.load(w_ptr + offsets, mask=mask, other=0))
@@ -134,9 +206,11 @@ def _parameters_kernel(
         a = tl.load(_at(table, 4, tl.float32, False) + row, mask=mask, other=1.0)
     u, m, v = direction(
         w, grad, m, v, a, lr, weight_decay, beta1, beta2, rest1, rest2, eps,
-        RULE, FIRST is not None, NESTEROV,
+        RULE, FIRST is not None, NESTEROV, DECAY,
     )  # fmt: skip
-    words = _words(rows, column, seed, param, word2, word3)
+    words = _words(
+        keys_ptr, all_rows, first_key, row, column, mask, record, row_offset, SLOTS, 0
+    )  # fmt: skip
     if C is None:
         new = rounded(w + u, words, W, STOCHASTIC)
     else:
@@ -144,16 +218,22 @@ def _parameters_kernel(
         s = u + loaded_compensation(tl.load(c_ptr + offsets, mask=mask, other=0), E5M2)
         new = rounded(w + s, words, W, False)
         c = compensate(w, s, widen(new), LARGEST, HALF)
-        words = _words(rows, column, seed, param, word2, word3 + (3 << 24))
+        words = _words(
+            keys_ptr, all_rows, first_key, row, column, mask, record, row_offset, SLOTS, 3
+        )  # fmt: skip
         tl.store(c_ptr + offsets, stored_compensation(c, words, E5M2), mask)
     tl.store(w_ptr + offsets, new, mask)
     if FIRST is not None:
         if ECO:
             m = with_error(m, v, error, (w + u) - widen(new), eps, RULE)
-        words = _words(rows, column, seed, param, word2, word3 + (1 << 24))
+        words = _words(
+            keys_ptr, all_rows, first_key, row, column, mask, record, row_offset, SLOTS, 1
+        )  # fmt: skip
         tl.store(_at(table, 2, FIRST, ALIGNED) + offsets, stored_state(m, words, FIRST), mask)
     if SECOND is not None:
-        words = _words(rows, column, seed, param, word2, word3 + (2 << 24))
+        words = _words(
+            keys_ptr, all_rows, first_key, row, column, mask, record, row_offset, SLOTS, 2
+        )  # fmt: skip
         tl.store(_at(table, 3, SECOND, ALIGNED) + offsets, stored_state(v, words, SECOND), mask)
 
 
@@ -173,6 +253,8 @@ def update_parameters(items: Sequence[Item], guard: Tensor | None = None) -> lis
     kinds: dict[Any, list[Item]] = {}
     rest: list[Item] = []
     for item in items:
+        if item[0].numel() == 0:
+            continue
         kind = _kind(*item[:3])
         (rest if kind is None else kinds.setdefault(kind, [])).append(item)
     for kind, alike in kinds.items():
@@ -202,18 +284,34 @@ def _kind(w: Tensor, grad: Tensor, update: Update) -> Any:
         ("RULE", update.rule),
         ("NESTEROV", update.nesterov),
         ("ECO", update.eco),
+        ("DECAY", update.form.decay),
         ("STOCHASTIC", update.rounding == "stochastic"),
         ("E5M2", c is not None and c.dtype == torch.float8_e5m2),
         ("LARGEST", fmt.max if fmt else math.inf),
         ("HALF", half_step_at_largest(fmt) if fmt else math.inf),
         ("ALIGNED", w.numel() % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)),
+        ("FEW_ROWS", w.shape[1] >= _FEW_ROWS),
+        ("KEYED", w.shape[1] >= _WORTH_KEYS),
+        ("SLOTS", _slots(w, update)),
     )
+
+
+def _slots(w: Tensor, update: Update) -> int:
+    """Where in the row keys each stream has its own, a nibble each; `_NO_SLOT` for none."""
+    rounds = is_narrow(w.dtype) and update.rounding == "stochastic"
+    streams = [WEIGHT] if rounds and update.compensation is None else []
+    narrow = [isinstance(s, Tensor) and is_narrow(s.dtype) for s in update.moments]
+    streams += [stream for stream, used in zip(STATE_STREAMS, narrow) if used]
+    streams += [] if update.compensation is None else [COMPENSATION]
+    slots = [streams.index(s) if s in streams else _NO_SLOT for s in range(COMPENSATION + 1)]
+    return sum(slot << 4 * stream for stream, slot in enumerate(slots))
 
 
 def _launch(kind: dict[str, Any], items: Sequence[Item], guard: Tensor | None) -> None:
     device = items[0][0].device
     table: list[int] = []
     held: list[Tensor] = []
+    all_rows = 0
     for w, grad, update, factor in items:
         if update.row_wise:
             sums = accumulate_rows(update.row_sums, grad, 1.0 if factor is None else factor)
@@ -224,35 +322,46 @@ def _launch(kind: dict[str, Any], items: Sequence[Item], guard: Tensor | None) -
         sums_at = update.row_sums.data_ptr() if update.row_wise else 0
         c = 0 if update.compensation is None else update.compensation.data_ptr()
         table += [w.data_ptr(), grad.data_ptr(), *moments[:2], sums_at, c, w.numel(), w.shape[1]]
-        table += [update.row_offset, _address(factor, device, held)]
+        table += [update.row_offset, _address(factor, device, held), all_rows]
+        all_rows += w.shape[0]
+    shapes = tuple((item[0].shape[0], item[0].shape[1]) for item in items)
+    streams = sum(kind["SLOTS"] >> 4 * s & 15 != _NO_SLOT for s in range(COMPENSATION + 1))
+    sizes = {"FIELDS": _FIELDS, "RECORD": RECORD}
     with torch.cuda.device_of(items[0][0]):
-        blocks = _blocks(tuple(-(-item[0].numel() // _BLOCK) for item in items), device)
+        table_T, records_T = numbers(table, device), records([i[2] for i in items], device)
+        keys: Tensor | None = None
+        if kind.pop("KEYED") and streams:
+            keys = torch.empty((streams, all_rows), dtype=torch.int32, device=device)
+            row_blocks = _blocks(tuple((rows, 1) for rows, _ in shapes), _KEY_BLOCK, device)
+            _parameter_keys_kernel[(row_blocks.shape[0],)](
+                keys, table_T, records_T, row_blocks, all_rows,
+                SLOTS=kind["SLOTS"], BLOCK=_KEY_BLOCK, **sizes,
+            )  # fmt: skip
+        blocks = _blocks(shapes, _BLOCK, device)
         _parameters_kernel[(blocks.shape[0],)](
-            numbers(table, device),
-            records([update for _, _, update, _ in items], device),
-            blocks,
-            guard,
-            BLOCK=_BLOCK,
-            FIELDS=_FIELDS,
-            RECORD=RECORD,
-            **kind,
+            table_T, records_T, blocks, keys, guard, all_rows, BLOCK=_BLOCK, **sizes, **kind
         )
 
 
-def _blocks(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [programs, 2]: the tensor and the block in it of each program, kept from step to step
-    where it is small. What is made in a CUDA graph is the graph's."""
-    keep = sum(counts) <= _KEPT_BLOCKS and not capturing(device)
-    return _kept_blocks(counts, device) if keep else _made_blocks(counts, device)
+def _blocks(shapes: tuple[tuple[int, int], ...], block: int, device: torch.device) -> Tensor:
+    """int64 [programs, 4]: for each program its tensor, the number of its block there, and the row
+    and column where that begins. Kept from step to step where it is small; what is made in a CUDA
+    graph is the graph's."""
+    programs = sum(-(-rows * columns // block) for rows, columns in shapes)
+    keep = programs <= _KEPT_BLOCKS and not capturing(device)
+    return (_kept_blocks if keep else _made_blocks)(shapes, block, device)
 
 
-def _made_blocks(counts: tuple[int, ...], device: torch.device) -> Tensor:
+def _made_blocks(shapes: tuple[tuple[int, int], ...], block: int, device: torch.device) -> Tensor:
+    counts = [-(-rows * columns // block) for rows, columns in shapes]
     each = numbers(counts, device)
     tensors = torch.arange(len(counts), device=device)
     owner = torch.repeat_interleave(tensors, each, output_size=sum(counts))
     first = each.cumsum(0) - each
     blocks = torch.arange(sum(counts), device=device) - first[owner]
-    return torch.stack((owner, blocks), 1).to(torch.int32)
+    width = numbers([columns for _, columns in shapes], device)[owner]
+    start = blocks * block
+    return torch.stack((owner, blocks, start // width, start % width), 1)
 
 
 _kept_blocks = functools.lru_cache(maxsize=64)(_made_blocks)

@@ -22,6 +22,8 @@ from elmo_compile.numerics.update import Update
 
 RECORD = 12
 """int32 numbers in a record."""
+_STAGED = 1 << 16
+"""Bytes that the driver copies away before it returns."""
 _SPEC = 11
 """int64 numbers that `_records_kernel` makes a record of."""
 
@@ -56,7 +58,7 @@ def records(updates: Sequence[Update], device: torch.device) -> Tensor:
     if not any(update.on_device for update in updates):
         packed = b"".join(map(_packed, updates))
         table = torch.frombuffer(bytearray(packed), dtype=torch.int32)
-        return table.view(-1, RECORD).to(device, non_blocking=True)
+        return _sent(table.view(-1, RECORD), device)
     held: list[Tensor] = []
     spec = [number for update in updates for number in _spec(update, device, held)]
     made = torch.empty((len(updates), RECORD), dtype=torch.int32, device=device)
@@ -66,6 +68,14 @@ def records(updates: Sequence[Update], device: torch.device) -> Tensor:
         num_warps=1,
     )  # fmt: skip
     return made
+
+
+def _sent(table: Tensor, device: torch.device) -> Tensor:
+    """A table on the device. CUDA copies more than 64 KiB of pageable memory only once all that is
+    queued before has run, and the host waits; not from pinned memory."""
+    if device.type == "cuda" and table.nbytes > _STAGED:
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
 
 
 def _packed(update: Update) -> bytes:
@@ -180,7 +190,7 @@ def numbers(values: Sequence[int], device: torch.device) -> Tensor:
     replayed copy would read host memory that is no longer theirs.
     """
     if not capturing(device):
-        return torch.tensor(values, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+        return _sent(torch.tensor(values, dtype=torch.int64, device="cpu"), device)
     made = torch.zeros(len(values), dtype=torch.int64, device=device)
     torch._foreach_add_(list(made.unbind()), list(values))
     return made

@@ -16,28 +16,34 @@ from elmo_compile.kernels.triton.storage import (
 
 
 @triton.jit
+def _decayed(step, w, weight_decay, DECAY: tl.constexpr):
+    """0 times an infinite weight would be NaN."""
+    return step + weight_decay * w if DECAY else step
+
+
+@triton.jit
 def direction(
     w, grad, m, v, a, lr, weight_decay, beta1, beta2, rest1, rest2, eps,
-    RULE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    RULE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """(u, m, v) of one update; a: Adagrad's sum, which holds this gradient already.
 
-    rest1, rest2: 1 - beta1 and 1 - beta2, formed in float64.
+    rest1, rest2: 1 - beta1 and 1 - beta2, formed in float64. DECAY: whether the weight enters.
     """
     if RULE == "adamw":
         m = beta1 * m + rest1 * grad
         v = beta2 * v + rest2 * grad * grad
-        u = -lr * (tl.div_rn(m, tl.sqrt_rn(v) + eps) + weight_decay * w)
+        u = -lr * _decayed(tl.div_rn(m, tl.sqrt_rn(v) + eps), w, weight_decay, DECAY)
     elif RULE == "lion":
         d = beta1 * m + rest1 * grad
         sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
         sign = tl.where(d == d, sign, d)
         m = beta2 * m + rest2 * grad
-        u = -lr * (sign + weight_decay * w)
+        u = -lr * _decayed(sign, w, weight_decay, DECAY)
     elif RULE == "adagrad":
-        u = -lr * (tl.div_rn(grad, tl.sqrt_rn(a) + eps) + weight_decay * w)
+        u = -lr * _decayed(tl.div_rn(grad, tl.sqrt_rn(a) + eps), w, weight_decay, DECAY)
     else:
-        step = grad + weight_decay * w
+        step = _decayed(grad, w, weight_decay, DECAY)
         if MOMENTUM:
             m = beta1 * m + step
             step = step + beta1 * m if NESTEROV else m

@@ -40,8 +40,8 @@ def _update_tile(
     w_keys_ptr, first_keys_ptr, second_keys_ptr, c_keys_ptr,
     l0, d0, D, row_mask, mask,
     lr, weight_decay, beta1, beta2, rest1, rest2, eps, error,
-    RULE: tl.constexpr, NESTEROV: tl.constexpr, ECO: tl.constexpr, STOCHASTIC: tl.constexpr,
-    E5M2: tl.constexpr, LARGEST: tl.constexpr, HALF: tl.constexpr,
+    RULE: tl.constexpr, NESTEROV: tl.constexpr, ECO: tl.constexpr, DECAY: tl.constexpr,
+    STOCHASTIC: tl.constexpr, E5M2: tl.constexpr, LARGEST: tl.constexpr, HALF: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Update the tile at output l0 and feature d0, whose weights are `w` and gradient `grad`.
@@ -64,7 +64,7 @@ def _update_tile(
         a = tl.load(sum_ptr + at, mask=row_mask, other=1.0)[:, None]
     u, m, v = direction(
         w, grad, m, v, a, lr, weight_decay, beta1, beta2, rest1, rest2, eps,
-        RULE, first_ptr is not None, NESTEROV,
+        RULE, first_ptr is not None, NESTEROV, DECAY,
     )  # fmt: skip
     words = _words(w_keys_ptr, at, row_mask, columns)
     TYPE: tl.constexpr = w_ptr.dtype.element_ty
@@ -106,8 +106,8 @@ def update_kernel(
     g_ptr, x_ptr, unit_ptr, w_ptr, first_ptr, second_ptr, sum_ptr, c_ptr, slot_ptr, guard_ptr,
     w_keys_ptr, first_keys_ptr, second_keys_ptr, c_keys_ptr,
     record_ptr, N, D, L, g_stride,
-    RULE: tl.constexpr, NESTEROV: tl.constexpr, ECO: tl.constexpr, STOCHASTIC: tl.constexpr,
-    E5M2: tl.constexpr, LARGEST: tl.constexpr, HALF: tl.constexpr,
+    RULE: tl.constexpr, NESTEROV: tl.constexpr, ECO: tl.constexpr, DECAY: tl.constexpr,
+    STOCHASTIC: tl.constexpr, E5M2: tl.constexpr, LARGEST: tl.constexpr, HALF: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +134,7 @@ def update_kernel(
         w_keys_ptr, first_keys_ptr, second_keys_ptr, c_keys_ptr,
         l0, d0, D, row_mask, mask,
         lr, weight_decay, beta1, beta2, rest1, rest2, eps, error,
-        RULE, NESTEROV, ECO, STOCHASTIC, E5M2, LARGEST, HALF, BLOCK_L, BLOCK_D,
+        RULE, NESTEROV, ECO, DECAY, STOCHASTIC, E5M2, LARGEST, HALF, BLOCK_L, BLOCK_D,
     )  # fmt: skip
 
 
@@ -143,8 +143,8 @@ def features_update_kernel(
     g_ptr, x_ptr, unit_ptr, w_ptr, first_ptr, second_ptr, sum_ptr, c_ptr, slot_ptr, guard_ptr,
     w_keys_ptr, first_keys_ptr, second_keys_ptr, c_keys_ptr,
     record_ptr, dx_ptr, N, D, L, g_stride, outputs_each,
-    RULE: tl.constexpr, NESTEROV: tl.constexpr, ECO: tl.constexpr, STOCHASTIC: tl.constexpr,
-    E5M2: tl.constexpr, LARGEST: tl.constexpr, HALF: tl.constexpr,
+    RULE: tl.constexpr, NESTEROV: tl.constexpr, ECO: tl.constexpr, DECAY: tl.constexpr,
+    STOCHASTIC: tl.constexpr, E5M2: tl.constexpr, LARGEST: tl.constexpr, HALF: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, EVEN_L: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
@@ -196,7 +196,7 @@ def features_update_kernel(
             w_keys_ptr, first_keys_ptr, second_keys_ptr, c_keys_ptr,
             l0, d0, D, row_mask, mask & writable,
             lr, weight_decay, beta1, beta2, rest1, rest2, eps, error,
-            RULE, NESTEROV, ECO, STOCHASTIC, E5M2, LARGEST, HALF, BLOCK_L, BLOCK_D,
+            RULE, NESTEROV, ECO, DECAY, STOCHASTIC, E5M2, LARGEST, HALF, BLOCK_L, BLOCK_D,
         )  # fmt: skip
     sums = dx_ptr + split.to(tl.int64) * N * D + d0 + at_ND
     before = tl.load(sums, mask=real_ND, other=0.0)

@@ -137,6 +137,7 @@ class WeightUpdate:
             "RULE": update.rule,
             "NESTEROV": update.nesterov,
             "ECO": update.eco,
+            "DECAY": update.form.decay,
             "STOCHASTIC": update.rounding == "stochastic",
             "E5M2": c is not None and c.dtype == torch.float8_e5m2,
             "LARGEST": fmt.max if fmt else math.inf,

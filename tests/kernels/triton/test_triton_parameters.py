@@ -32,10 +32,13 @@ def items_of(name: str, dtype: torch.dtype, shapes: list[tuple[int, int]]) -> li
 @pytest.mark.parametrize("name", TAKEN)
 @pytest.mark.parametrize(
     "shapes",
-    [[(5, 7), (1, 1030), (70, 31), (3, 1)], [(8, 6), (1, 2048), (70, 48)]],
+    [
+        [(5, 7), (70, 31), (3, 1), (0, 3), (9, 33), (5, 511), (7, 513), (1, 1030)],
+        [(8, 6), (70, 16), (40, 32), (4, 508), (7, 512), (1, 2048)],
+    ],
     ids=["odd", "aligned"],
 )
-def test_one_launch_gives_the_bits_of_each(
+def test_three_launches_give_the_bits_of_each(
     shapes: list[tuple[int, int]],
     name: str,
     dtype: torch.dtype,
@@ -50,7 +53,7 @@ def test_one_launch_gives_the_bits_of_each(
         (w.to(device, copy=True), g.to(device), with_copies(u, device), None) for w, g, u in items
     ]
     assert parameters.update_parameters(mine) == []
-    assert len(launches) == 1
+    assert len(launches) == 3  # rows by the element, rows with keys, few rows a block
     for (w, grad, update), (got, _, own, _) in zip(items, mine):
         truth = with_copies(update)
         reference.apply_update(w, grad.float(), truth)
@@ -108,3 +111,15 @@ def test_a_factor_on_the_gradient(name: str, device: str) -> None:
     reference.apply_update(w, grad.float() * 0.25, truth)
     torch.testing.assert_close(mine[1].cpu(), w)
     assert torch.equal(mine[2].cpu(), grad)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw", "lion, bf16", "adagrad"])
+def test_without_weight_decay_an_infinite_weight_stays(name: str, device: str) -> None:
+    """Padded labels have a bias of minus infinity."""
+    ((w, grad, update),) = items_of(name, torch.bfloat16, [(1, 40)])
+    update = dataclasses.replace(update, weight_decay=0.0)
+    w[0, 3] = -torch.inf
+    mine = w.to(device, copy=True), grad.to(device), with_copies(update, device)
+    assert parameters.update_parameters([(*mine, None)]) == []
+    assert torch.equal(mine[0].isinf().cpu(), w.isinf())
+    assert not mine[0].isnan().any()
