@@ -23,6 +23,9 @@ from elmo_compile.numerics.update import STATE_STREAMS, Update, accumulate_rows
 Layout = Literal["plain", "pairs", "quads"]
 """`plain`: elements as they are. `pairs`: bf16 words of two, weight, gradient and state alike.
 `quads`: E4M3 words of four, with a decoded copy and a gradient in `halves_order`."""
+LANES = 16
+"""int32 or float32 numbers of a vector of 512 bits. A row of whole vectors is seen as [-1, LANES]:
+no code is then made for the rest of one, which is half of what a C++ compiler has to do."""
 _KEY_ROWS, _KEYS_AT_ONCE = 1 << 16, 1 << 12
 """Rows whose keys are kept, and made together."""
 _BLOCK = 1 << 22
@@ -112,18 +115,21 @@ class ChunkUpdate:
             columns = self._plain_columns
             if columns is None:
                 columns = self._plain_columns = columns_of(self._w_LD, 1)
-            run = piece(steps.plain_, self._fast, form=form)
-            run(w, dw, *state, c, *keys, columns, *numbers)
+            split = _Split(columns)
+            run = piece(steps.plain_, self._fast, vectors=split.whole, form=form)
+            run(*split.all(w, dw, *state, c), *keys, *split.all(columns), *numbers)
             return
         row_wise = self._update.row_wise
         words = [s if s is None or row_wise else as_words(s) for s in state]
         dw = as_words(dw)
         if decoded is not None:
             decoded, dw = _by_halves(as_words(decoded)), _by_halves(dw)
-        run = piece(steps.lanes_, self._fast, form=form)
+        c = None if c is None else as_words(c)
+        split = _Split(self._columns)
+        run = piece(steps.lanes_, self._fast, vectors=split.whole, form=form)
         run(
-            as_words(w), decoded, dw, *words,
-            None if c is None else as_words(c), *keys, self._columns, *numbers,
+            *split.all(as_words(w), decoded, dw, *words, c), *keys,
+            *split.all(self._columns), *numbers,
         )  # fmt: skip
 
     def _compensated(
@@ -235,6 +241,24 @@ class RowKeys:
             counter = (row & 0xFFFFFFFF, row >> 32, step_lo, stream_step_hi)
             some[:] = philox.philox4x32(counter, (seed, param_id))[0]
         return philox.half_mixed(torch.from_numpy(keys.view(np.int32)))
+
+
+class _Split:
+    """Rows seen as vectors, where they are several whole ones."""
+
+    def __init__(self, columns_D: Tensor) -> None:
+        width = columns_D.numel()
+        self.whole = width % LANES == 0 and width > LANES
+
+    def all(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """Tensors [.., D] as [.., D / LANES, LANES]; numbers a row, [C, 1], broadcast as before."""
+        if not self.whole:
+            return list(tensors)
+        return [None if t is None else self._vectors(t) for t in tensors]
+
+    @staticmethod
+    def _vectors(t: Tensor) -> Tensor:
+        return t.unsqueeze(-1) if t.shape[-1] == 1 else t.view(*t.shape[:-1], -1, LANES)
 
 
 def columns_of(w_LD: Tensor, per_word: int) -> Tensor:

@@ -40,12 +40,15 @@ _cache: dict[Any, _Run] = {}
 _told: set[str] = set()
 
 
-def piece(fn: Callable[..., Any], use_compiled: bool, **flags: Any) -> Callable[..., Any]:
+def piece(
+    fn: Callable[..., Any], use_compiled: bool, *, vectors: bool = False, **flags: Any
+) -> Callable[..., Any]:
     """`fn` with its flags bound, compiled if asked for.
 
     Args:
         fn: function of tensors, floats and None; its keyword-only flags are Python constants.
         use_compiled: whether the problem is large enough to be worth a compiler.
+        vectors: the last size of tensors of two or more dimensions is a constant of the code.
         flags: hashable constants, part of what is compiled.
 
     Returns:
@@ -62,16 +65,18 @@ def piece(fn: Callable[..., Any], use_compiled: bool, **flags: Any) -> Callable[
             return eager(*args)
         if _get_current_dispatch_mode() is not None:  # FlopCounterMode: Dynamo refuses under one
             return eager(*args)
-        key = (fn, tuple(sorted(flags.items())), tuple(_kind(a) for a in args))
+        key = (fn, vectors, tuple(sorted(flags.items())), tuple(_kind(a) for a in args))
         run = _cache.get(key)
         if run is None:
-            run = _compiled_once(key, eager, lambda: _piece_of(fn, flags, args))
+            run = _compiled_once(key, eager, lambda: _piece_of(fn, vectors, flags, args))
         return run(*args)
 
     return call
 
 
-def _piece_of(fn: Callable[..., Any], flags: dict[str, Any], args: tuple[Any, ...]) -> _Run:
+def _piece_of(
+    fn: Callable[..., Any], vectors: bool, flags: dict[str, Any], args: tuple[Any, ...]
+) -> _Run:
     """A function compiled; its numbers travel in one float64 tensor.
 
     As Python floats they would be symbols, and so would every float constant of the source that
@@ -92,12 +97,12 @@ def _piece_of(fn: Callable[..., Any], flags: dict[str, Any], args: tuple[Any, ..
     if not any(numbers):
         compiled = _compiler(_own_code(fn, flags))
         with torch._dynamo.config.patch(specialize_float=True):
-            compiled(*_copies(args, torch._dynamo.mark_dynamic))
+            compiled(*_copies(args, torch._dynamo.mark_dynamic, vectors))
         return compiled
     compiled = _compiler(_own_code(unpacked, {}))
     packed, *others = pack(args)
     with torch._dynamo.config.patch(specialize_float=True):
-        compiled(packed, *_copies(tuple(others), torch._dynamo.mark_dynamic))
+        compiled(packed, *_copies(tuple(others), torch._dynamo.mark_dynamic, vectors))
     return lambda *values: compiled(*pack(values))
 
 
@@ -194,7 +199,9 @@ def _own_code(fn: Callable[..., Any], flags: dict[str, Any]) -> Callable[..., An
     return copy
 
 
-def _copies(args: tuple[Any, ...], mark: Callable[[Tensor, int], None]) -> list[Any]:
+def _copies(
+    args: tuple[Any, ...], mark: Callable[[Tensor, int], None], vectors: bool = False
+) -> list[Any]:
     """Arguments to compile with: nothing of the caller is written, and no two sizes that are equal
     by chance are taken to be equal by meaning."""
     copies = []
@@ -202,7 +209,9 @@ def _copies(args: tuple[Any, ...], mark: Callable[[Tensor, int], None]) -> list[
         if isinstance(a, Tensor):
             a = a.detach().clone()
             for dim, size in enumerate(a.shape):
-                if size > 1:
+                if vectors and 0 < dim == a.ndim - 1:
+                    torch._dynamo.mark_static(a, dim)
+                elif size > 1:
                     mark(a, dim)
         copies.append(a)
     return copies

@@ -1,7 +1,8 @@
 """The update of a chunk of weights: load, one rule of `numerics.update`, round, store.
 
 Written once for elements as they are (`plain_`) and once for int32 lanes (`lanes_`).
-Shapes: C outputs of a chunk, D features. Keys are the int32 row keys of `numerics.philox`, None for
+Shapes: C outputs of a chunk, D features; D may be two dimensions, the last of them the lanes of a
+vector (`chunk_update.LANES`). Keys are the int32 row keys of `numerics.philox`, None for
 rounding to nearest. `d` is the int32 column of each element, or of the first one of each word: an
 argument, because compiled code builds an `arange` one lane at a time, at the cost of the hash. Both
 come half mixed (`philox.half_mixed`), so that an element has less to do.
@@ -167,7 +168,7 @@ def _on_grid(v: Tensor, key_C: Tensor, d_D: Tensor, fmt: StorageFormat) -> Tenso
 
 def _words(key_C: Tensor, d_D: Tensor) -> Tensor:
     """Random words of elements, from half mixed keys and columns."""
-    return philox.mixed(key_C.unsqueeze(-1) ^ d_D)
+    return philox.mixed(key_C.view(-1, *(1,) * d_D.ndim) ^ d_D)
 
 
 def _rounded(v: Tensor, dtype: torch.dtype, key_C: Tensor | None, d_D: Tensor) -> Tensor:
