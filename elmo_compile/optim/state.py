@@ -74,7 +74,7 @@ def _blockwise_slot(held: dict[str, Any], name: str, param: Tensor, signed: bool
         blocks = param.numel() // _block_size(param)
         zero = int((table == 0).nonzero()[0, 0])
         held[name] = torch.full_like(param, zero, dtype=torch.uint8)
-        held[scales] = torch.zeros(blocks, device=param.device)
+        held[scales] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
         if wide is not None:  # until now it was not stored in 8 bits
             values = wide.to(param.device, torch.float32)
             state, rows = Blockwise(held[name], held[scales], table), _rows_of(param)
@@ -100,7 +100,7 @@ def _table(signed: bool, device: torch.device) -> Tensor:
     """The 256 values of the dynamic 8-bit type, ascending, as torchao has them."""
     from torchao.optim.quant_utils import create_dynamic_map
 
-    return torch.tensor(create_dynamic_map(signed=signed), device=device)
+    return torch.tensor(create_dynamic_map(signed=signed), dtype=torch.float32, device=device)
 
 
 def _takes_8bit(param: Tensor) -> bool:
