@@ -56,6 +56,13 @@ def gathered(kept: Sequence[Kept], group: Any) -> list[Kept]:
     ]
 
 
+def largest(t: Tensor, group: Any) -> Tensor:
+    """The largest value of all processes of a group, element by element."""
+    found = t.clone()
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    return found
+
+
 def _check_bias(p: HeadProblem, group: Any) -> None:
     """Raise FusedUpdateError, in every process, unless all have the same bias.
 

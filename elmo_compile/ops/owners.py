@@ -89,8 +89,7 @@ class Owner(OpenCalls):
         """A compiled graph fuses this weight's update."""
         self.other_steps = 0
         """Steps of other optimizers over this weight while it waited for its own."""
-        self.replaced_by_unowned = False
-        """Since its last update the head was called, gradients on, with a weight nobody owns."""
+        self._replaced_by: weakref.ref[Tensor] | None = None
         self.invalid = DeviceFlag()
         """CUDA: an input was invalid and the update was not applied."""
         self.spoiled = DeviceFlag()
@@ -220,6 +219,16 @@ class Owner(OpenCalls):
                 "step(), or construct the optimizer with fused=False"
             )
 
+    def notice_replacement(self, weight: Tensor) -> None:
+        """The head was called, gradients on, with `weight` in this one's place."""
+        self._replaced_by = weakref.ref(weight)
+
+    @property
+    def replaced_by_unowned(self) -> bool:
+        """Whether that was so since the last update, and nobody owns that weight yet."""
+        weight = None if self._replaced_by is None else self._replaced_by()
+        return weight is not None and owner_of(weight) is None
+
     def check_step(self) -> None:
         """Raise if `opt.step()` must not acknowledge this weight's update.
 
@@ -245,7 +254,7 @@ class Owner(OpenCalls):
             raise FusedUpdateError(
                 f"the head weight {self.name} was replaced: the model now trains with a Parameter "
                 "that this optimizer does not own (load_state_dict(assign=True)?). Construct the "
-                "optimizer again from the model's parameters"
+                "optimizer again from the model's parameters, or add it by add_param_group()"
             )
         self.check_invalid()
 
@@ -306,7 +315,7 @@ class Owner(OpenCalls):
             self.reduce_over = reduce_over
         self._add_kept(kept)
         self._kept_of = self.param._version, self.param.dtype
-        self.replaced_by_unowned = False
+        self._replaced_by = None
 
     def _add_kept(self, kept: Kept) -> None:
         self.kept.append(kept)
@@ -408,7 +417,7 @@ class Owner(OpenCalls):
         if capturing(self.param.device):
             self.replays.captured()
         self.pending = True
-        self.replaced_by_unowned = False
+        self._replaced_by = None
         self.forget_calls()
         self.on_update(guard)
         self.inconsistent = False

@@ -28,6 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from elmo_compile.errors import FusedUpdateError
 from elmo_compile.ops.fused import ANCHOR_NODE
+from elmo_compile.ops.gather import largest
 from elmo_compile.ops.owners import live_owners, owner_of
 
 _MARK = "_elmo_compile_guard"
@@ -105,7 +106,11 @@ def _wrap_unscale() -> None:
             if owner.kept:
                 device = owner.param.device
                 flag = found.setdefault(device, found_inf.to(device, copy=True))
-                flag.copy_(torch.maximum(flag, owner.wrong().to(flag)))
+                flags = [each.to(flag) for each in (*found.values(), owner.wrong())]
+                flag.copy_(torch.stack(flags).amax())
+                if owner.reduce_over is not None:
+                    # All processes skip a step, or none: a step gathers what they kept.
+                    flag.copy_(largest(flag, owner.reduce_over))
                 for one in owner.kept:
                     one.times_(inv_scale.to(device))
         return found

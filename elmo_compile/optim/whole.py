@@ -40,9 +40,7 @@ class Gradients:
         """
         flags = [flag for owner in owners for flag in owner.captured_wrong()]
         flags += [owner.wrong() for _, owner in self.kept]
-        for group, grad in self.dense:
-            if group["nonfinite"] == "skip":
-                flags.append(~torch.isfinite(grad).all())
+        flags += self._dense_not_finite()
         if not flags:
             return None
         home = flags[0].device
@@ -67,11 +65,24 @@ class Gradients:
                         "scale, the learning rate and the encoder, or pass nonfinite='skip'"
                     )
                 skips = True
+        return skips or any(bool(flag) for flag in self._dense_not_finite())
+
+    def _dense_not_finite(self) -> list[Tensor]:
+        """For each device a bool scalar: whether a tensor with nonfinite="skip" is not finite."""
+        there: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for group, grad in self.dense:
-            if group["nonfinite"] == "skip" and not skips:
-                values = grad.coalesce().values() if grad.is_sparse else grad
-                skips = not bool(torch.isfinite(values).all())
-        return skips
+            if group["nonfinite"] != "skip":
+                continue
+            values = _real_values(grad)
+            if values.dtype.itemsize == 1:
+                values = values.float()
+            if values.numel():
+                there.setdefault((values.device, values.dtype), []).append(values)
+        largest: dict[torch.device, list[Tensor]] = {}
+        for (device, _), alike in there.items():
+            # The largest magnitude, NaN where there is one: it overflows in no dtype.
+            largest.setdefault(device, []).extend(torch._foreach_norm(alike, torch.inf))
+        return [~torch.isfinite(torch.stack(found)).all() for found in largest.values()]
 
     def clip_factors(self) -> dict[int, Tensor]:
         """What the gradients of a clipped group are multiplied with, by the group's id().
@@ -98,10 +109,15 @@ class Gradients:
 
 def _square(grad: Tensor) -> Tensor:
     """The squared 2-norm of a gradient, float64."""
-    values = grad.coalesce().values() if grad.is_sparse else grad
-    values = torch.view_as_real(values) if values.is_complex() else values
+    values = _real_values(grad)
     found: Tensor = torch.linalg.vector_norm(values.to(_wide(values)), dtype=torch.float64)
     return found.square()
+
+
+def _real_values(grad: Tensor) -> Tensor:
+    """What a gradient holds, as real numbers."""
+    values = grad.coalesce().values() if grad.is_sparse else grad
+    return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
 
 
 def _wide(t: Tensor) -> torch.dtype:
