@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from training import batch, net, owned, train
 
 import elmo_compile as elmo
+from elmo_compile.errors import InputError
 from elmo_compile.optim.whole import Gradients
 
 SHAPES = [(), (7,), (5, 3), (0, 3), (2, 3, 4)]
@@ -89,3 +91,25 @@ def test_a_group_that_does_not_skip_is_not_looked_at() -> None:
     whole = Gradients(opt._members(), [])
     assert not whole.must_skip()
     assert whole.wrong_on_device([]) is None
+
+
+@pytest.mark.parametrize("nonfinite", ["error", "skip"])
+def test_a_norm_that_is_not_finite_leaves_the_head_alone(nonfinite: str) -> None:
+    """The NaN is another parameter's; the common factor would store it in every weight."""
+    model = net()
+    step, opt = owned(model, update_at="step", max_norm=1.0, nonfinite=nonfinite)
+    train(step, opt, 1)
+    step(*batch()).backward()
+    next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = torch.nan
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if nonfinite == "error":
+        with pytest.raises(InputError, match="is not finite; nothing was updated"):
+            opt.step()
+    else:
+        opt.step()
+        assert opt.skipped_steps == 1
+    for name, param in model.named_parameters():
+        assert torch.equal(param, before[name])
+    opt.zero_grad()
+    train(step, opt, 1)
+    assert not torch.equal(model.head.weight, before["head.weight"])
