@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "topk": {"kernels", "planner", "numerics"},
     "integrations": {"backend"},
     "metrics": set(),
-    "bench": {"kernels", "planner", "numerics"},
+    "bench": {"kernels", "optim", "planner", "numerics"},
     "tune": {"bench", "kernels", "numerics"},
     "cli": {"bench", "explain", "planner", "report", "tune", "<root>"},
     "<root>": {

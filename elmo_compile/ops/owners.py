@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from elmo_compile.errors import FusedUpdateError, InputError
 from elmo_compile.numerics.capture import capturing
+from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.counters import Counters
 from elmo_compile.ops.device_flag import DeviceFlag
@@ -66,6 +67,8 @@ class Owner(OpenCalls):
         """Reads the hyper-parameters now and returns the update to apply; counts nothing."""
         self.on_update: Callable[[Tensor | None], None] = lambda guard: None
         """Called after an update was applied, unless the device finds that `guard` is not zero."""
+        self.state_sizes: Callable[[], list[StateSize]] = list
+        """What the optimizer keeps for the weight, or will."""
         self.policy: Callable[[], Policy] = Policy
         """Reads how the weight is to be updated now."""
         self.kept: list[Kept] = []

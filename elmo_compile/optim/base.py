@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from elmo_compile.errors import FusedUpdateError, InputError, OptionError
 from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.philox import ROUNDING_VERSION
+from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.owners import Owner, Policy, owner_of, register, unregister
 from elmo_compile.optim import guards, loading, options, state, whole
@@ -366,9 +367,10 @@ class HeadOptimizer(torch.optim.Optimizer):
     def _own(self, param: Tensor, name: str) -> Owner:
         # The registry must not keep a discarded optimizer alive.
         me, this = weakref.ref(self), weakref.ref(param)
-        owner = Owner(param, name, lambda: _alive(me)._update(*_alive(me)._find(_alive(this))))
+        owner = Owner(param, name, lambda: _alive(me).next_update(_alive(this)))
         mine = weakref.ref(owner)
         owner.on_update = lambda guard: _alive(me)._updated(_alive(mine), guard)
+        owner.state_sizes = lambda: _alive(me).state_sizes(_alive(this))
         owner.policy = lambda: _alive(me)._policy(_alive(this))
         register(owner)
         return owner
@@ -415,17 +417,31 @@ class HeadOptimizer(torch.optim.Optimizer):
             **self._rule(group),
         )
 
+    def next_update(self, param: Tensor) -> Update:
+        """The next update of a parameter, for whoever makes it; counts nothing."""
+        return self._update(*self._find(param))
+
+    def state_sizes(self, param: Tensor) -> list[StateSize]:
+        """What is kept for a parameter, or will be, but for its count of steps."""
+        group = self._find(param).group
+        sizes = [self._slot_size(name, param, group) for name in self._slots(group)]
+        return sizes + state.compensation_sizes(group, param)
+
+    def _slot_size(self, name: str, param: Tensor, group: dict[str, Any]) -> StateSize:
+        """The size of what `_slot` makes."""
+        return state.slot_size(name, param, group["state_dtype"])
+
     def _compensation(
         self, group: dict[str, Any], param: Tensor
     ) -> tuple[Any, Tensor | None, Tensor | None]:
         """(rounding of the other rows, compensation, the rows it belongs to)."""
         held, rounding = self.state[param], group["rounding"]
-        rows = group["kahan_rows"]
-        some = rows is not None and param.dim() == 2 and param.shape[0] == state.most_rows(group)
+        rows, which = group["kahan_rows"], state.compensated(group, param)
         other = "stochastic" if rounding == "kahan" else rounding
-        if not state.takes_compensation(param) or not (some or rounding == "kahan"):
+        if which == "none":
             return other, None, None
         if "compensation" not in held:
+            some = which == "some"
             if some:
                 held["kahan_rows"] = rows.to(param.device)
             like = param[: len(rows)] if some else param
