@@ -71,6 +71,10 @@ class Owner(OpenCalls):
         self.kept: list[Kept] = []
         """What backwards left for `opt.step()` to update from."""
         self._kept_of: Any = None
+        self._shared: int = 0
+        """How many of `kept`, from the first, are of all processes already."""
+        self._dense: list[Kept] = []
+        """The gradient in `.grad`, as the last `settle` found it."""
         self.reduce_over: Any = None
         """Under DistributedDataParallel: the process group whose mean of `kept` is wanted."""
         self.refused_in = ""
@@ -97,6 +101,8 @@ class Owner(OpenCalls):
         """CUDA: an update stored what is not finite."""
         self._kept_invalid = DeviceFlag()
         """CUDA: what was kept is invalid."""
+        self._dense_invalid = DeviceFlag()
+        """CUDA: `_dense` is invalid."""
         self.accumulate_node: Any = None
         """Of the last forward, until the weight is updated: kept longer it would outlive its
         stream, and a CUDA graph captured on another one could not hold the next backward."""
@@ -304,40 +310,47 @@ class Owner(OpenCalls):
             )
         if reduce_over is not None:
             self.reduce_over = reduce_over
-        self._add_kept(kept)
-        self._kept_of = self.param._version, self.param.dtype
-        self.replaced_by_unowned = False
-
-    def _add_kept(self, kept: Kept) -> None:
         self.kept.append(kept)
         if self.param.is_cuda:
             self._kept_invalid.add(kept.wrong.to(torch.int32))
+        self._kept_of = self.param._version, self.param.dtype
+        self.replaced_by_unowned = False
 
     def forget_kept(self) -> None:
         """Drop what backwards kept: the gradient is zeroed."""
-        self.kept = []
+        self.kept, self._dense, self._shared = [], [], 0
         self.reduce_over = None
         self._kept_invalid.clear()
+        self._dense_invalid.clear()
 
     def settle(self) -> None:
         """Before a step: what was kept as one gradient, of all processes and uses of the weight.
 
-        A gradient in `.grad` (another use of the weight) is part of it.
+        A gradient in `.grad` (another use of the weight) is part of it, as it is now: a step that
+        was refused may be tried again.
         """
+        self._dense = []
+        self._dense_invalid.clear()
         if not self.kept:
             return
         self._check_unchanged()
-        if self.param.grad is not None:
-            self._add_kept(keep_dense(self.param.grad))
-        if self.reduce_over is not None:
+        grad = self.param.grad
+        if grad is not None:
+            self._dense = [keep_dense(grad)]
+            if self.param.is_cuda:
+                self._dense_invalid.add(self._dense[0].wrong.to(torch.int32))
+        if self.reduce_over is not None and len(self.kept) > self._shared:
             if capturing(self.param.device):
                 raise FusedUpdateError(
                     f"a CUDA graph is being captured, but the processes that train the head weight "
                     f"{self.name} tell each other how many rows they have in every step. Leave "
                     "opt.step() out of the capture, or use one process"
                 )
-            self.kept = gathered(self.kept, self.reduce_over)
+            shared, own = self.kept[: self._shared], self.kept[self._shared :]
+            own = gathered([*own, *self._dense], self.reduce_over)
+            self.kept = [*shared, *own]
         self.kept = merged(self.kept)
+        self._shared = len(self.kept)
 
     def _check_unchanged(self) -> None:
         if self._kept_of != (self.param._version, self.param.dtype):
@@ -349,17 +362,17 @@ class Owner(OpenCalls):
 
     def wrong(self) -> Tensor:
         """Whether anything kept is invalid or not finite, as a bool scalar on its device."""
-        return torch.stack([one.wrong for one in self.kept]).any()
+        return torch.stack([one.wrong for one in (*self.kept, *self._dense)]).any()
 
     def kept_is_wrong(self) -> bool:
         """`wrong` for the host, which waits for the backwards only. `settle` comes first."""
         if self.param.is_cuda and self.reduce_over is None:
-            return self._kept_invalid.is_set()
+            return self._kept_invalid.is_set() or self._dense_invalid.is_set()
         return bool(self.wrong())
 
     def squared_norm(self) -> Tensor:
         """The squared norm of the kept gradient, float64. `settle` comes first."""
-        return squared_norm(self.kept, self.param.detach())
+        return squared_norm([*self.kept, *self._dense], self.param.detach())
 
     def apply_kept(self, factor: Any = None, guard: Tensor | None = None) -> None:
         """Update the weight from what was kept, its gradient times `factor`.
@@ -369,14 +382,15 @@ class Owner(OpenCalls):
         """
         if not self.kept:
             return
-        update = for_kept(self.kept, self.next_update())
+        parts = [*self.kept, *self._dense]
+        update = for_kept(parts, self.next_update())
         if guard is not None:
             guard = guard.to(self.param.device) if self.param.is_cuda else None
-        for one in self.kept:
+        for one in parts:
             if factor is not None:
                 one.times_(factor.to(self.param.device))
         with self.applying(guard=guard):
-            apply(self.kept, self.param.detach(), update, guard=guard)
+            apply(parts, self.param.detach(), update, guard=guard)
         self.forget_kept()
 
     def close_step(self) -> None:
