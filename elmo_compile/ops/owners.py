@@ -347,7 +347,7 @@ class Owner(OpenCalls):
                     "opt.step() out of the capture, or use one process"
                 )
             shared, own = self.kept[: self._shared], self.kept[self._shared :]
-            own = gathered([*own, *self._dense], self.reduce_over)
+            own = gathered([*own, *self._dense], self.reduce_over, self.param.detach())
             self.kept = [*shared, *own]
         self.kept = merged(self.kept)
         self._shared = len(self.kept)
