@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -21,6 +22,7 @@ from elmo_compile.errors import FusedUpdateError, InputError
 from elmo_compile.numerics.capture import capturing
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.counters import Counters
+from elmo_compile.ops.data_parallel import group_of_ignored
 from elmo_compile.ops.device_flag import DeviceFlag
 from elmo_compile.ops.gather import gathered
 from elmo_compile.ops.kept import about_to_change
@@ -76,7 +78,11 @@ class Owner(OpenCalls):
         self._dense: list[Kept] = []
         """The gradient in `.grad`, as the last `settle` found it."""
         self.reduce_over: Any = None
-        """Under DistributedDataParallel: the process group whose mean of `kept` is wanted."""
+        """Under DistributedDataParallel: the process group whose mean of `kept` is wanted. Stays
+        from one step to the next: a process that does not use the head in one takes part in it."""
+        self._ever_kept = False
+        self._settled = False
+        """Nothing was kept since `settle`."""
         self.refused_in = ""
         """Where no fused call may be made now: `step(closure)`."""
         self.counters = Counters()
@@ -303,6 +309,8 @@ class Owner(OpenCalls):
         """
         if self.kept:
             self._check_unchanged()
+        else:
+            self.reduce_over = None
         if None not in (self.reduce_over, reduce_over) and self.reduce_over is not reduce_over:
             raise FusedUpdateError(
                 "backwards of two DistributedDataParallel modules with different process groups "
@@ -311,6 +319,7 @@ class Owner(OpenCalls):
         if reduce_over is not None:
             self.reduce_over = reduce_over
         self.kept.append(kept)
+        self._ever_kept, self._settled = True, False
         if self.param.is_cuda:
             self._kept_invalid.add(kept.wrong.to(torch.int32))
         self._kept_of = self.param._version, self.param.dtype
@@ -319,7 +328,7 @@ class Owner(OpenCalls):
     def forget_kept(self) -> None:
         """Drop what backwards kept: the gradient is zeroed."""
         self.kept, self._dense, self._shared = [], [], 0
-        self.reduce_over = None
+        self._settled = False
         self._kept_invalid.clear()
         self._dense_invalid.clear()
 
@@ -331,26 +340,56 @@ class Owner(OpenCalls):
         """
         self._dense = []
         self._dense_invalid.clear()
-        if not self.kept:
-            return
-        self._check_unchanged()
-        grad = self.param.grad
-        if grad is not None:
+        grad, group = self.param.grad, self._shared_with()
+        try:
+            if self.kept:
+                self._check_unchanged()
+        except FusedUpdateError:
+            self.tell_refusal()
+            raise
+        if grad is not None and (self.kept or group is not None):
             self._dense = [keep_dense(grad)]
             if self.param.is_cuda:
                 self._dense_invalid.add(self._dense[0].wrong.to(torch.int32))
-        if self.reduce_over is not None and len(self.kept) > self._shared:
-            if capturing(self.param.device):
-                raise FusedUpdateError(
-                    f"a CUDA graph is being captured, but the processes that train the head weight "
-                    f"{self.name} tell each other how many rows they have in every step. Leave "
-                    "opt.step() out of the capture, or use one process"
-                )
-            shared, own = self.kept[: self._shared], self.kept[self._shared :]
-            own = gathered([*own, *self._dense], self.reduce_over, self.param.detach())
-            self.kept = [*shared, *own]
+        if group is not None:
+            own = [*self.kept[self._shared :], *self._dense]
+            of_all = gathered(own, group, self.param.detach())
+            self.kept = [*self.kept[: self._shared], *of_all]
+            self._kept_of = self.param._version, self.param.dtype
+            self.in_use |= bool(of_all)
         self.kept = merged(self.kept)
-        self._shared = len(self.kept)
+        self._shared, self._settled = len(self.kept), True
+
+    def tell_refusal(self) -> bool:
+        """Let the other processes' steps raise, as this one's is about to; whether there are any.
+
+        They would wait for this one in `settle`.
+        """
+        group = self._shared_with()
+        if group is not None:
+            gathered([], group, self.param.detach(), failed=True)
+        return group is not None
+
+    def _shared_with(self) -> Any:
+        """The process group that is to exchange what its processes kept; None if none is.
+
+        Raises:
+            FusedUpdateError: it is, but a CUDA graph is being captured.
+        """
+        group = self.reduce_over
+        if not self._ever_kept and self.policy().at_step:
+            group = group_of_ignored(self.param)
+        if group is None or self._settled or self.superseded or not dist.is_initialized():
+            return None
+        if dist.get_world_size(group) == 1:
+            return None
+        if capturing(self.param.device):
+            raise FusedUpdateError(
+                f"a CUDA graph is being captured, but the processes that train the head weight "
+                f"{self.name} tell each other how many rows they have in every step. Leave "
+                "opt.step() out of the capture, or use one process"
+            )
+        return group
 
     def _check_unchanged(self) -> None:
         if self._kept_of != (self.param._version, self.param.dtype):

@@ -134,12 +134,9 @@ class HeadOptimizer(torch.optim.Optimizer):
         captured, wrong, skips = self._graphs.begin(self._members()), None, False
         with torch.no_grad():
             try:
-                for owner in self._owners:
-                    owner.check_step()
-                    self._used.check(owner, self._find(owner.param).group)
-                self._applied.check()
-                heads = [owner for owner in self._owners if owner.pending or owner.kept]
+                self._check_step()
                 gradients = whole.Gradients(self._members(), self._owners)
+                heads = [owner for owner in self._owners if owner.pending or owner.kept]
                 if captured:
                     wrong = gradients.wrong_on_device(self._owners)
                 else:
@@ -161,6 +158,17 @@ class HeadOptimizer(torch.optim.Optimizer):
         self._used.forget()
         self._warn_if_nothing_fused()
         return loss
+
+    def _check_step(self) -> None:
+        """Raise as `step` where it must not be made, in all processes that train a head."""
+        try:
+            for owner in self._owners:
+                owner.check_step()
+                self._used.check(owner, self._find(owner.param).group)
+            self._applied.check()
+        except (FusedUpdateError, InputError):
+            any(owner.tell_refusal() for owner in self._owners)  # the first exchange is enough
+            raise
 
     def _apply(self, factors: dict[int, Tensor], guard: Tensor | None = None) -> None:
         """Update everything; gradients of a group are multiplied by its factor.

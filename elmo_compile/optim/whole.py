@@ -22,9 +22,10 @@ class Gradients:
     """The gradients of one step: tensors, and those that fused heads kept."""
 
     def __init__(self, members: Sequence[Member], owners: Iterable[Owner]) -> None:
+        owners = list(owners)
+        for owner in owners:
+            owner.settle()  # may bring what other processes kept
         by_param = {id(owner.param): owner for owner in owners if owner.kept}
-        for owner in by_param.values():
-            owner.settle()
         self.kept = [(group, by_param[id(p)]) for group, p, _ in members if id(p) in by_param]
         self.dense = [
             (group, p.grad)
