@@ -310,8 +310,9 @@ class HeadOptimizer(torch.optim.Optimizer):
         """torch.optim has loaded a state."""
         self._restore_state(state_dict)
         for owner in self._owners:
+            if owner.inconsistent:
+                owner.forget_kept()  # else gradients stay, as torch's do
             owner.inconsistent = owner.pending = False
-            owner.forget_kept()
         self._used.forget()
         self._applied.forget()
 

@@ -417,6 +417,25 @@ def test_a_weight_changed_between_backward_and_step(change: str) -> None:
         train(step, opt, 1)
 
 
+@pytest.mark.parametrize("weights", [False, True])
+def test_loading_the_optimizer_leaves_gradients(weights: bool) -> None:
+    """As torch's does; of weights that were loaded, too, the head's is no gradient any more."""
+    model = net()
+    want = reference(model, 1)
+    step, opt = owned(model)
+    step(*batch(0)).backward()
+    if weights:
+        model.load_state_dict(model.state_dict())
+    opt.load_state_dict(opt.state_dict())
+    if weights:
+        with pytest.raises(FusedUpdateError, match=r"changed between backward\(\) and opt\.step"):
+            opt.step()
+        opt.zero_grad()
+        step(*batch(0)).backward()
+    opt.step()
+    assert_same(model, want)
+
+
 class Encoded(nn.Module):
     """Returns logits; the losses are outside."""
 
