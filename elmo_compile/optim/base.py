@@ -21,6 +21,7 @@ from elmo_compile.optim import guards, options, state, whole
 from elmo_compile.optim.nothing_fused import nothing_fused
 from elmo_compile.optim.on_device import Graphs, count, rate_of, step_of
 from elmo_compile.optim.ordinary import Gradient, apply_updates, check_updates
+from elmo_compile.optim.sharded import check_sharded, is_sharded
 from elmo_compile.optim.used import Applied, Used
 
 _INNER = {"params", "param_ids", "param_names", "rounding_version"}
@@ -50,6 +51,9 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     # What a rule is
 
+    _row_wise = False
+    """Whether its state is a number a row."""
+
     def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the state tensors, in the order of `Update.state`."""
         raise NotImplementedError
@@ -77,6 +81,7 @@ class HeadOptimizer(torch.optim.Optimizer):
             asked = param_group.get("kahan_rows") is not None  # else it is every group's default
             rows = state.rows_of_group(checked, param_group["params"], asked=asked)
             param_group["kahan_rows"] = rows
+        check_sharded(checked, param_group["params"], row_wise=self._row_wise)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["param_ids"] = [self._id_of(param) for param in group["params"]]
@@ -356,7 +361,7 @@ class HeadOptimizer(torch.optim.Optimizer):
             guards.install()
             names = group.get("param_names") or []
             for index, (param, param_id) in enumerate(zip(group["params"], group["param_ids"])):
-                if param.dim() == 2:
+                if param.dim() == 2 and not is_sharded(param):
                     known_name = names[index : index + 1]
                     name = known_name[0] if known_name else f"#{param_id} {tuple(param.shape)}"
                     known = owned.pop(id(param), None) if id(param) in owned else None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elmo_compile.errors import InputError
 from elmo_compile.ops.owners import Owner
+from elmo_compile.optim.sharded import agreed, is_sharded, values_of
 
 Member = tuple[dict[str, Any], Tensor, int]
 _TINY = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -70,9 +71,8 @@ class Gradients:
                 skips = True
         for group, grad in self.dense:
             if group["nonfinite"] == "skip" and not skips:
-                values = grad.coalesce().values() if grad.is_sparse else grad
-                skips = not bool(torch.isfinite(values).all())
-        return skips
+                skips = not bool(torch.isfinite(values_of(grad)).all())
+        return agreed(skips, [g for group, g in self.dense if group["nonfinite"] == "skip"])
 
     def clip_factors(self) -> dict[int, Tensor]:
         """What the gradients of a clipped group are multiplied with, by the group's id().
@@ -101,8 +101,9 @@ def _square(grad: Tensor) -> Tensor:
     """The squared 2-norm of a gradient, float64."""
     values = grad.coalesce().values() if grad.is_sparse else grad
     values = torch.view_as_real(values) if values.is_complex() else values
-    found: Tensor = torch.linalg.vector_norm(values.to(_wide(values)), dtype=torch.float64)
-    return found.square()
+    found: Any = torch.linalg.vector_norm(values.to(_wide(values)), dtype=torch.float64)
+    norm: Tensor = found.full_tensor() if is_sharded(found) else found
+    return norm.square()
 
 
 def _wide(t: Tensor) -> torch.dtype:

@@ -35,6 +35,11 @@ def test_processes_that_do_not_do_the_same(cases: str, tmp_path: Path) -> None:
     run(tmp_path, 2, cases, script=SCRIPT.with_name("uneven_ranks.py"))
 
 
+def test_sharded_parameters(tmp_path: Path) -> None:
+    """DTensors, as FSDP2 has them: sharded_ranks.py."""
+    run(tmp_path, 2, script=SCRIPT.with_name("sharded_ranks.py"))
+
+
 def trained(folder: Path, world: int, *case: str) -> list[dict[str, torch.Tensor]]:
     """The weights of every process after a run."""
     run(folder, world, *case)
