@@ -15,13 +15,13 @@ from elmo_compile import ops
 from elmo_compile.config import Options
 from elmo_compile.errors import ElmoError, NotRewritten, OptionError
 from elmo_compile.lowering import build_vector_probes, lower
-from elmo_compile.ops.owners import owner_of, update_shares
+from elmo_compile.ops.owners import Owner, owner_of, update_shares
 from elmo_compile.ops.unfused import note
 from elmo_compile.passes.graphs import copy_module, parameter_name, sites, source_of
 from elmo_compile.passes.pipeline import Analysis, analyze
 from elmo_compile.passes.plan import unmatched_lowp
 from elmo_compile.passes.records import PlannedHead
-from elmo_compile.planner import Plan
+from elmo_compile.planner import Plan, with_state
 from elmo_compile.report.records import Code, Match, Refusal, Section
 from elmo_compile.report.store import record, tell_updates
 from elmo_compile.runtime import CompiledGraph, give_name
@@ -201,7 +201,7 @@ def section(
                 notes=notes,
             )
         )
-        plans.append(plan)
+        plans.append(_with_state(plan, owner, matches[-1]))
     for output, top in analysis.deferred:
         if output.seed in {head.match.region.seed for head in analysis.heads}:
             continue
@@ -217,6 +217,13 @@ def section(
         graph_before=gm,
         graph_after=compiled.first.module,
     )
+
+
+def _with_state(plan: Plan, owner: Owner | None, match: Match) -> Plan:
+    """A head's plan with the bytes of its optimizer's state."""
+    state = [] if owner is None else owner.state_sizes()
+    sizes = {"outputs": match.num_outputs, "features": match.num_features}
+    return dataclasses.replace(plan, memory=with_state(plan.memory, state, **sizes))
 
 
 def _how(plan: Plan) -> tuple[str, ...]:

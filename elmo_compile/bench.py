@@ -6,11 +6,12 @@ The contenders run in turn within each round, so that a machine that slows down 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,10 @@ from elmo_compile.config import Options
 from elmo_compile.errors import OptionError
 from elmo_compile.kernels.problem import HeadProblem, UpdateResult
 from elmo_compile.numerics.losses import BCE, CE, LossName, LossSpec
+from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Update
+from elmo_compile.optim import SGD, AdamW
+from elmo_compile.optim.base import HeadOptimizer
 from elmo_compile.planner import (
     HeadShape,
     Plan,
@@ -31,7 +35,18 @@ from elmo_compile.planner import (
 )
 
 LR = 0.01
-FUSED, UNFUSED, EAGER = "elmo, fused SGD", "elmo, real gradient", "eager, SGD"
+FUSED, UNFUSED, EAGER = "elmo, fused update", "elmo, real gradient", "eager"
+OptimizerName = Literal["sgd", "momentum", "adamw"]
+_OURS: dict[str, Callable[..., HeadOptimizer]] = {
+    "sgd": SGD,
+    "momentum": functools.partial(SGD, momentum=0.9),
+    "adamw": AdamW,
+}
+_TORCHS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "momentum": functools.partial(torch.optim.SGD, momentum=0.9),
+    "adamw": torch.optim.AdamW,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,15 +61,25 @@ class Case:
     loss: LossName = BCE
     positives: int = 5
     """Labels per row (BCE)."""
+    optimizer: OptimizerName = "sgd"
+    state_dtype: Any = None
+    """Of the optimizer's state, as `elmo_compile.optim` takes it; eager's is the weight's dtype."""
     device: str = "cpu"
     rounds: int = 5
     options: Options = dataclasses.field(default_factory=Options)
 
     def __post_init__(self) -> None:
-        """Every count is at least 1."""
+        """Every count is at least 1, and there is a state where its dtype is given."""
         for name in ("rows", "features", "outputs", "positives", "rounds"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)} cannot be used; at least 1.")
+        if self.optimizer not in get_args(OptimizerName):
+            raise OptionError(
+                f"optimizer={self.optimizer!r} cannot be used; accepted: "
+                f"{', '.join(get_args(OptimizerName))}."
+            )
+        if self.optimizer == "sgd" and self.state_dtype is not None:
+            raise OptionError("state_dtype cannot be used with optimizer='sgd': it has no state.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +101,8 @@ class Result:
     plan: Plan
     unfused_plan: Plan
     """Of the contender with a real weight gradient."""
+    eager_bytes: int
+    """What eager torch holds."""
     timings: tuple[Timing, ...]
     skipped: tuple[str, ...]
     """A sentence for each contender that could not run."""
@@ -88,6 +115,8 @@ def run(case: Case) -> Result:
         OptionError: no chunk fits the budget.
     """
     chosen, unfused = planned(case, fused=True), planned(case, fused=False)
+    as_stored = dataclasses.replace(case, state_dtype=None)
+    eager_bytes = planned(as_stored, fused=False).memory.bytes_before
     steps: dict[str, Callable[[], object]] = {
         "three bare products": _products(case, chosen.chunk_size),
         FUSED: _fused(case, chosen),
@@ -96,7 +125,7 @@ def run(case: Case) -> Result:
     available = available_bytes(case.device)
     others: list[tuple[str, Callable[[], Callable[[], object]], int]] = [
         (UNFUSED, lambda: _unfused(case, unfused), unfused.memory.bytes_after),
-        (EAGER, lambda: _eager(case), chosen.memory.bytes_before),
+        (EAGER, lambda: _eager(case), eager_bytes),
     ]
     for name, build, needed in others:
         if available is not None and needed > available:
@@ -105,7 +134,12 @@ def run(case: Case) -> Result:
             steps[name] = build()
     timings = _interleaved(steps, case.rounds, case.device)
     return Result(
-        case=case, plan=chosen, unfused_plan=unfused, timings=timings, skipped=tuple(skipped)
+        case=case,
+        plan=chosen,
+        unfused_plan=unfused,
+        eager_bytes=eager_bytes,
+        timings=timings,
+        skipped=tuple(skipped),
     )
 
 
@@ -140,8 +174,20 @@ def head_shape(case: Case, *, fused: bool = True) -> HeadShape:
         fused_update=fused,
         at_once=not fused and case.dtype != torch.float16,
         loss_value="deferred" if fused else "exact",
+        state=state_of(case),
         device=device,
     )
+
+
+def state_of(case: Case) -> tuple[StateSize, ...]:
+    """What the case's optimizer keeps for the weight."""
+    weight = torch.empty(case.outputs, case.features, dtype=case.dtype, device="meta")
+    return tuple(_optimizer(case, weight).state_sizes(weight))
+
+
+def _optimizer(case: Case, weight: Tensor) -> HeadOptimizer:
+    """The optimizer of this package, as what it makes updates with."""
+    return _OURS[case.optimizer]([weight], LR, fused=False, state_dtype=case.state_dtype)
 
 
 def available_bytes(device: str) -> int | None:
@@ -198,11 +244,13 @@ def problem_of(case: Case, chosen: Plan) -> tuple[HeadProblem, Tensor]:
 def _fused(case: Case, chosen: Plan) -> Callable[[], object]:
     """As `loss_value="auto"` runs it: BCE's value comes with its gradient."""
     problem, scale_N = problem_of(case, chosen)
+    first = _optimizer(case, problem.w_LD).next_update(problem.w_LD)
     count = 0
 
     def step() -> None:
         nonlocal count
-        fused_step(problem, scale_N, chosen, Update(lr=LR, step=count), value=case.loss == BCE)
+        update = dataclasses.replace(first, step=count)
+        fused_step(problem, scale_N, chosen, update, value=case.loss == BCE)
         count += 1
 
     return step
@@ -242,6 +290,7 @@ def _eager(case: Case) -> Callable[[], object]:
     storage = torch.bfloat16 if case.dtype.itemsize == 1 else case.dtype
     x_ND, w_LD, labels = _inputs(case, storage)
     x_ND, w_LD = x_ND.to(storage).requires_grad_(), w_LD.requires_grad_()
+    optimizer = _TORCHS[case.optimizer]([w_LD], lr=LR)
 
     def step() -> None:
         z_NL = F.linear(x_ND, w_LD)
@@ -250,9 +299,9 @@ def _eager(case: Case) -> Callable[[], object]:
         else:
             y_NL = torch.zeros_like(z_NL).scatter_(1, labels, 1)
             loss = F.binary_cross_entropy_with_logits(z_NL, y_NL)
-        _, dw_LD = torch.autograd.grad(loss, (x_ND, w_LD))
-        with torch.no_grad():
-            w_LD.sub_(dw_LD, alpha=LR)
+        _, w_LD.grad = torch.autograd.grad(loss, (x_ND, w_LD))
+        optimizer.step()
+        w_LD.grad = None
 
     return step
 

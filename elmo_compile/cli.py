@@ -53,6 +53,13 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = add("bench", help="time one head step against eager torch")
     _add_head(bench, device="cpu")
+    bench.add_argument(
+        "--optimizer", choices=("sgd", "momentum", "adamw"), default="sgd", help="of the update"
+    )
+    bench.add_argument(
+        "--state-dtype", choices=("float32", "bfloat16", "8bit"),
+        help="of its state; eager's is the weight's",
+    )  # fmt: skip
     bench.add_argument("--rounds", type=int, default=5, help="of which medians are taken")
     bench.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="of a CPU; 1 on a busy machine"
@@ -179,7 +186,13 @@ def _tune(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     from elmo_compile import bench
 
-    case = _case(arguments, device=_device(arguments.device), rounds=arguments.rounds)
+    case = _case(
+        arguments,
+        device=_device(arguments.device),
+        rounds=arguments.rounds,
+        optimizer=arguments.optimizer,
+        state_dtype=arguments.state_dtype,
+    )
     if arguments.threads < 1:
         raise OptionError(f"--threads {arguments.threads} cannot be used; at least 1.")
     torch.set_num_threads(arguments.threads)
@@ -189,7 +202,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     plural = "s" if arguments.threads > 1 else ""
     threads = f", {arguments.threads} thread{plural}" if case.device == "cpu" else ""
     title = (
-        f"One step of a head: {arguments.loss}, N={case.rows} D={case.features} L={case.outputs}, "
+        f"One step of a head, {_OPTIMIZERS[case.optimizer]}: "
+        f"{arguments.loss}, N={case.rows} D={case.features} L={case.outputs}, "
         f"{str(case.dtype).removeprefix('torch.')}{threads}; median of {case.rounds}"
     )
     table = Table()
@@ -199,7 +213,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     memory = {
         bench.FUSED: result.plan.memory.bytes_after,
         bench.UNFUSED: result.unfused_plan.memory.bytes_after,
-        bench.EAGER: result.plan.memory.bytes_before,
+        bench.EAGER: result.eager_bytes,
     }
     for timing in result.timings:
         held = memory.get(timing.name)
@@ -220,6 +234,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     console.print(Text(title))
     console.print(table)
     console.print(Text(f"chunks of {result.plan.chunk_size}; memory as planned, not measured"))
+    for state in bench.state_of(case):
+        size = int(state.each * case.outputs * case.features)
+        console.print(Text(f"the optimizer's {state.label} takes {human_bytes(size)} of it"))
     before, after = memory[bench.EAGER], memory[bench.FUSED]
     console.print(
         Text(
@@ -232,6 +249,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         console.print(Text(f"skipped {sentence}"))
 
 
+_OPTIMIZERS = {"sgd": "SGD", "momentum": "SGD with momentum", "adamw": "AdamW"}
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn"}
 
 

@@ -261,7 +261,7 @@ class CompiledGraph:
                 if in_a_module(before.param):
                     self._strangers[weight] = before.key
                     continue
-                before.replaced_by_unowned = True
+                before.notice_replacement(weight)
                 if not self._warned:
                     self._warned = True
                     warnings.warn(

@@ -2,8 +2,8 @@
 
 Requires: a region of a Dynamo graph.
 Ensures: a Refusal if another reader needs the logits or none does, if something outside the region
-is made from them and read by it, if something the region reads is written in place before the loss
-(the rewrite computes everything where the loss was), or if the region runs under a functorch
+is made from them and read by it, if something the region has read is written in place before the
+loss (the rewrite computes everything where the loss was), or if the region runs under a functorch
 transform; else None. The graph is only read.
 Numerics: none.
 """
@@ -83,17 +83,22 @@ def _detour(region: Region) -> NoMatch | None:
 
 
 def _written_inputs(region: Region) -> NoMatch | None:
-    """A write between the region's first node and its last into memory that the region reads."""
-    read = {_storage(tensor_of(node)) for node in region.inputs} - {None}
+    """A write between the region's first node and its last into memory that the region has read by
+    then: what it reads later, it reads after the write as it did."""
     graph_inputs = {
         _storage(tensor)
         for node in region.site.graph.find_nodes(op="placeholder")
         if (tensor := tensor_of(node)) is not None and tensor.ndim > 0
     }
-    # Two inputs of a graph may share memory without the graph showing it.
-    suspects = read | (graph_inputs if read & graph_inputs else set())
+    inside, read = set(region.nodes), set()
     reordered = len(region.outputs) > 1
-    for node in _between(region):
+    for node in _from_first_to_last(region):
+        if node in inside:
+            given = (n for n in node.all_input_nodes if n not in inside)
+            read |= {_storage(tensor_of(n)) for n in given} - {None}
+            continue
+        # Two inputs of a graph may share memory without the graph showing it.
+        suspects = read | (graph_inputs if read & graph_inputs else set())
         if reordered and any(True for _ in written_nodes(node)):
             return NoMatch(
                 Code.MUTATION, node,
@@ -111,13 +116,11 @@ def _written_inputs(region: Region) -> NoMatch | None:
     return None
 
 
-def _between(region: Region) -> Iterator[fx.Node]:
-    """Nodes outside the region from its first node to its last."""
-    inside = set(region.nodes)
+def _from_first_to_last(region: Region) -> Iterator[fx.Node]:
+    """Nodes of the graph from the region's first to its last."""
     node = region.nodes[0]
     while node is not region.nodes[-1]:
-        if node not in inside:
-            yield node
+        yield node
         node = node.next
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import sys
 import types
@@ -51,6 +52,49 @@ def test_bench_times_every_contender(capsys, loss, dtype):
         assert expected in printed
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "state_dtype", "state"),
+    [
+        ("momentum", None, {"momentum_buffer (bfloat16)": 2}),
+        ("adamw", None, {"exp_avg (bfloat16)": 2, "exp_avg_sq (bfloat16)": 2}),
+        ("adamw", "float32", {"exp_avg (float32)": 4, "exp_avg_sq (float32)": 4}),
+    ],
+)
+def test_bench_holds_an_optimizer_s_state(capsys, optimizer, state_dtype, state):
+    sizes = {"rows": 4, "features": 16, "outputs": 300, "rounds": 1}
+    case = bench.Case(**sizes, optimizer=optimizer, state_dtype=state_dtype)
+    result, bare = bench.run(case), bench.run(bench.Case(**sizes))
+    assert len(result.timings) == 4
+    terms = {t.name: t.bytes for t in result.plan.memory.after if t.name in state}
+    assert terms == {name: each * 300 * 16 for name, each in state.items()}
+    assert result.eager_bytes - bare.eager_bytes == 2 * len(state) * 300 * 16
+
+    shown = ["--optimizer", optimizer, *(["--state-dtype", state_dtype] if state_dtype else [])]
+    assert cli.main(["bench", "-N", "4", "-D", "16", "-L", "300", "--rounds", "1", *shown]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(f"the optimizer's {name} takes " in printed for name in state)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
+def test_bench_updates_as_the_optimizer_does(optimizer):
+    case = bench.Case(rows=4, features=8, outputs=64, dtype=torch.float32, optimizer=optimizer)
+    plan = bench.planned(case, fused=True)
+    problem, scale_N = bench.problem_of(case, plan)
+    weight = problem.w_LD.clone().requires_grad_()
+    theirs = bench._TORCHS[optimizer]([weight], lr=bench.LR)
+    ours = bench._optimizer(case, problem.w_LD).next_update(problem.w_LD)
+    rows, columns = problem.target.rows_M, problem.target.cols_M
+    for count in range(3):
+        targets = torch.zeros(4, 64).index_put_((rows, columns), torch.ones(()))
+        logits = problem.x_ND @ weight.t()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
+        (weight.grad,) = torch.autograd.grad(loss, weight)
+        theirs.step()
+        update = dataclasses.replace(ours, step=count)
+        bench.fused_step(problem, scale_N, plan, update, value=True)
+    torch.testing.assert_close(problem.w_LD, weight.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_bench_leaves_out_what_does_not_fit(monkeypatch):
     monkeypatch.setattr(bench, "available_bytes", lambda device: 10)
     result = bench.run(bench.Case(rows=2, features=8, outputs=64, rounds=1))
@@ -70,6 +114,7 @@ def test_bench_steps_do_the_same_thing():
     [
         (["--dtype", "int8"], "--dtype int8 cannot be used; accepted: float64"),
         (["--device", "gpu"], "--device gpu cannot be used"),
+        (["--state-dtype", "float32"], "state_dtype cannot be used with optimizer='sgd'"),
         (["--rows", "0"], "rows=0 cannot be used; at least 1"),
         (["--threads", "0"], "--threads 0 cannot be used; at least 1"),
         (["--chunk-size", "0"], "chunk_size=0"),

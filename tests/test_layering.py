@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "topk": {"kernels", "planner", "numerics"},
     "integrations": {"backend"},
     "metrics": set(),
-    "bench": {"kernels", "planner", "numerics"},
+    "bench": {"kernels", "optim", "planner", "numerics"},
     "tune": {"bench", "kernels", "numerics"},
     "cli": {"bench", "explain", "planner", "report", "tune", "<root>"},
     "<root>": {
@@ -79,6 +79,7 @@ MAY_TOUCH_PRIVATE: dict[str, set[str]] = {
     "elmo_compile/explain.py": {"_dynamo"},
     "elmo_compile/integrations.py": {"_dynamo"},
     "elmo_compile/kernels/aten/compiled.py": {"_C", "_dynamo"},
+    "elmo_compile/kernels/aten/traced_once.py": {"_inductor"},
     "elmo_compile/lowering.py": {"_inductor"},
     "elmo_compile/ops/fused.py": {"_C"},
     "elmo_compile/ops/hidden_gradients.py": {"_dynamo"},

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from elmo_compile.deferred.gradient import gradient
+from elmo_compile.deferred.gradient import backward, gradient
 from elmo_compile.deferred.origin import FAKES, fake
 from elmo_compile.deferred.state import Derived, Root, State
 from elmo_compile.deferred.step import Step, as_argument
@@ -82,6 +82,10 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*plain[0], **plain[1])
     if func is torch.autograd.grad:
         return gradient(*args, **kwargs)
+    if func is torch.autograd.backward:
+        return backward(*args, **kwargs)
+    if func is torch.Tensor.backward:
+        return backward(args[0], kwargs.pop("gradient"), **kwargs)
     if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
         args[0].replace_values(args[1])
         return None

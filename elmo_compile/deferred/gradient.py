@@ -1,4 +1,4 @@
-"""`torch.autograd.grad(loss, logits)` of a streamed loss, in whose graph no logits are."""
+"""The gradient of logits by a streamed loss, in whose graph they are not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from elmo_compile.deferred.step import Step
 from elmo_compile.deferred.tensor import Deferred
@@ -28,7 +29,7 @@ def gradient(
     Raises:
         RuntimeError: an input takes no part (as torch's), or second derivatives are asked for.
     """
-    asked = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    asked = _listed(inputs)
     losses = {
         id(loss): loss for value in asked if isinstance(value, Deferred) for loss, _ in value.losses
     }
@@ -37,10 +38,9 @@ def gradient(
             "elmo_compile: second derivatives of a loss of deferred logits; call "
             "logits.materialize() and take the loss of that"
         )
-    given = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     with torch._C.DisableTorchFunctionSubclass():
         found = torch.autograd.grad(
-            given, [*asked, *losses.values()], grad_outputs, retain_graph, create_graph,
+            _listed(outputs), [*asked, *losses.values()], grad_outputs, retain_graph, create_graph,
             is_grads_batched=is_grads_batched, allow_unused=True,
         )  # fmt: skip
     by_loss: dict[int, Tensor | None] = dict(zip(losses, found[len(asked) :]))
@@ -58,6 +58,44 @@ def gradient(
             "allow_unused=True if this is the desired behavior."
         )
     return tuple(totals)
+
+
+def backward(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    """As `torch.autograd.backward`; deferred logits among `inputs` get their `.grad`.
+
+    Raises:
+        RuntimeError: logits that a compiled function returned beside a loss of them.
+    """
+    asked = [] if inputs is None else _listed(inputs)
+    logits = [v for v in asked if isinstance(v, Deferred) and v.streamed("backward(inputs=)")]
+    others = [v for v in asked if not any(v is one for one in logits)]
+    # If they keep theirs, what follows adds to it.
+    before = [value.grad if value.retains_grad else None for value in logits]
+    totals: tuple[Tensor | None, ...] = ()
+    if logits:
+        keep = True if others else retain_graph
+        totals = gradient(tensors, logits, grad_tensors, keep, create_graph, allow_unused=True)
+    if others or not logits:
+        with torch._C.DisableTorchFunctionSubclass():
+            torch.autograd.backward(
+                tensors, grad_tensors, retain_graph, create_graph,
+                inputs=None if inputs is None else others,
+            )  # fmt: skip
+    for value, *parts in zip(logits, before, totals):
+        value.keep_gradient(*parts)
+
+
+def _listed(given: Any) -> list[Any]:
+    """What torch takes alone, in a sequence or in a dict."""
+    if isinstance(given, Tensor | GradientEdge):
+        return [given]
+    return list(given.values() if isinstance(given, dict) else given)
 
 
 def _with_losses(

@@ -133,13 +133,7 @@ class Deferred(Tensor):
         Raises:
             RuntimeError: a loss of them was streamed: in its graph they are not.
         """
-        root, _ = self._state.recipe()
-        if self.attached and isinstance(root, Root) and root.origin.has_loss:
-            raise RuntimeError(
-                f"elmo_compile: `{how}` of deferred logits that a compiled function returned "
-                "beside a loss of them, whose backward would not see it; compile with "
-                "options={'deferred_logits': False}, or take the loss outside"
-            )
+        self._refuse_beside_loss(how)
         if self.losses:
             raise RuntimeError(
                 f"elmo_compile: `{how}` of deferred logits comes after a loss of them, whose "
@@ -147,6 +141,32 @@ class Deferred(Tensor):
                 "logits.materialize()"
             )
         self.watched = True
+
+    def streamed(self, how: str) -> bool:
+        """Whether losses of these logits were streamed, in whose graphs they are not.
+
+        Raises:
+            RuntimeError: as `watch`, of logits returned beside a loss of them.
+        """
+        self._refuse_beside_loss(how)
+        return bool(self.losses)
+
+    def _refuse_beside_loss(self, how: str) -> None:
+        root, _ = self._state.recipe()
+        if self.attached and isinstance(root, Root) and root.origin.has_loss:
+            raise RuntimeError(
+                f"elmo_compile: `{how}` of deferred logits that a compiled function returned "
+                "beside a loss of them, whose backward would not see it; compile with "
+                "options={'deferred_logits': False}, or take the loss outside"
+            )
+
+    def keep_gradient(self, *parts: Tensor | None) -> None:
+        """Let `.grad` be the sum of these, and grow from now on: `backward(inputs=[logits])`."""
+        self.watched = True
+        found = [part for part in parts if part is not None]
+        with torch._C.DisableTorchFunctionSubclass():
+            self.retain_grad()
+            self.grad = functools.reduce(torch.add, found).contiguous() if found else None
 
     @property
     def elmo_values(self) -> Tensor:

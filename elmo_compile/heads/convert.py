@@ -211,6 +211,8 @@ def _check_convertible(model: nn.Module, path: str, head: nn.Linear) -> None:
 
 def _fill(weight: Tensor, values: Tensor | None, rounding: Rounding, seed: int) -> float:
     """Round `values` into `weight`; the share that was not zero and became zero."""
+    if weight.is_meta:
+        return 0.0  # Its values are loaded later.
     if values is None:
         weight.copy_(torch.zeros((), device=weight.device))
         return 0.0

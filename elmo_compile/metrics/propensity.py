@@ -38,7 +38,8 @@ def inverse_propensity(
 
     Raises:
         InputError: the counts are not a vector of N_l from 0 to N, or N is below 1.
-        OptionError: the model is unknown or not two finite numbers with B above -1.
+        OptionError: the model is unknown, or not two finite numbers with B above -1 (above 0 where
+            a label has no point).
 
     Source: Jain, Prabhu, Varma, "Extreme Multi-label Loss Functions for Recommendation, Tagging,
     Ranking & Other Missing Label Applications", KDD 2016, section 4.
@@ -54,6 +55,11 @@ def inverse_propensity(
             f"label_counts must lie between 0 and num_points, {num_points}; they go from "
             f"{float(counts.min()):g} to {float(counts.max()):g}. Count points, not repeats, "
             "and pass the training set's number of points."
+        )
+    if counts.numel() and float(counts.min()) + b <= 0:
+        raise OptionError(
+            f"B={b:g} gives labels with {float(counts.min()):g} points no propensity: "
+            "(N_l + B)^-A is not finite; take B above 0."
         )
     scale: float = (math.log(num_points) - 1) * (b + 1) ** a
     return 1 + scale * (counts + b).pow(-a)

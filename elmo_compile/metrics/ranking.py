@@ -78,7 +78,8 @@ def propensity_gains(
         ks: ranks, each from 1 to K.
 
     Raises:
-        InputError: as `hits`, or a label has no inverse propensity.
+        InputError: as `hits`, or a label has no inverse propensity, or one that is negative or not
+            finite.
     """
     top_NK, targets = _ranked(topk_indices, targets), targets.distinct()
     _check_ks(ks, top_NK.shape[1])
@@ -88,6 +89,14 @@ def propensity_gains(
         raise InputError(
             f"label {largest} has no inverse propensity: {inverse_L.numel()} were given. "
             "Pass one for every label of the head, also for labels never seen in training."
+        )
+    used_M = inverse_L[targets.indices]
+    wrong_M = ~(used_M.isfinite() & (used_M >= 0))
+    if wrong_M.any():
+        label = int(targets.indices[wrong_M][0])
+        raise InputError(
+            f"the inverse propensity of label {label} is {float(inverse_L[label]):g}; they must be "
+            "finite and at least 0."
         )
     gained_NK = torch.where(hits(top_NK, targets), inverse_L[top_NK.clamp_min(0)], 0).cumsum(1)
     return Gains(gained_NK[:, torch.tensor(ks) - 1], _best_sums(targets, inverse_L, ks))

@@ -72,7 +72,7 @@ def round_stochastic_bits(v: Tensor, r: Tensor, fmt: StorageFormat) -> Tensor:
         q = torch.minimum(a + noise, a.clamp_min(_INF - 1)) & ~fmt.random_mask
         return torch.where(v != v, _NAN, q | (bits & _SIGN)).view(torch.float32)
     size = v.abs()
-    shift = torch.where(size < fmt.min_normal, fmt.shift, 0.0)
+    shift = torch.where(size < fmt.min_normal, fmt.shift, torch.zeros_like(size))
     a = (size.clamp_max(fmt.max) + shift).view(torch.int32)
     q = (a + noise) & ~fmt.random_mask
     q = (q.view(torch.float32) - shift).view(torch.int32)

@@ -110,6 +110,13 @@ def gathered(
     ]
 
 
+def largest(t: Tensor, group: Any) -> Tensor:
+    """The largest value of all processes of a group, element by element."""
+    found = t.clone()
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    return found
+
+
 def _alone(kept: Sequence[Kept]) -> KeptHead | None:
     """What was kept, if that is one head's loss, however many backwards it took."""
     heads = [one for one in kept if isinstance(one, KeptHead)]

@@ -28,7 +28,8 @@ class Carrier(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
-        return torch.zeros((), device=weight.device).expand(weight.shape)
+        zero = torch.zeros((), dtype=torch.float32, device=weight.device)
+        return zero.expand(weight.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

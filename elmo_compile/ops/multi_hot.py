@@ -30,16 +30,18 @@ def _multi_hot(indices: Tensor, num_classes: int, offsets: Tensor | None) -> Ten
     else:
         assert_labels(spec, indices, offsets, num_rows, num_classes)
     rows_M, cols_M, _ = positives_of(spec, indices, offsets, num_rows, num_classes)
-    # Padding and repeats carry the column `num_classes`: a scratch column that is cut off.
-    y = torch.zeros(num_rows, num_classes + 1, device=indices.device)
-    y[rows_M, cols_M] = 1.0
-    return y[:, :num_classes].contiguous()
+    # Padding and repeats carry the column `num_classes`; they go to one number behind the matrix.
+    size = num_rows * num_classes
+    at_M = torch.where(cols_M == num_classes, size, rows_M * num_classes + cols_M)
+    y = torch.zeros(size + 1, dtype=torch.float32, device=indices.device)
+    y[at_M] = 1.0
+    return y[:size].view(num_rows, num_classes)
 
 
 @_multi_hot.register_fake
 def _(indices: Tensor, num_classes: int, offsets: Any) -> Tensor:
     num_rows = indices.shape[0] if offsets is None else offsets.shape[0] - 1
-    return torch.empty(num_rows, num_classes, device=indices.device)
+    return torch.empty(num_rows, num_classes, dtype=torch.float32, device=indices.device)
 
 
 def multi_hot(indices: Tensor, num_classes: int, *, offsets: Tensor | None = None) -> Tensor:

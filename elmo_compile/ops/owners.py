@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from elmo_compile.errors import FusedUpdateError, InputError
 from elmo_compile.numerics.capture import capturing
+from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.counters import Counters
 from elmo_compile.ops.data_parallel import group_of_ignored
@@ -68,6 +69,8 @@ class Owner(OpenCalls):
         """Reads the hyper-parameters now and returns the update to apply; counts nothing."""
         self.on_update: Callable[[Tensor | None], None] = lambda guard: None
         """Called after an update was applied, unless the device finds that `guard` is not zero."""
+        self.state_sizes: Callable[[], list[StateSize]] = list
+        """What the optimizer keeps for the weight, or will."""
         self.policy: Callable[[], Policy] = Policy
         """Reads how the weight is to be updated now."""
         self.kept: list[Kept] = []
@@ -99,8 +102,7 @@ class Owner(OpenCalls):
         """A compiled graph fuses this weight's update."""
         self.other_steps = 0
         """Steps of other optimizers over this weight while it waited for its own."""
-        self.replaced_by_unowned = False
-        """Since its last update the head was called, gradients on, with a weight nobody owns."""
+        self._replaced_by: weakref.ref[Tensor] | None = None
         self.invalid = DeviceFlag()
         """CUDA: an input was invalid and the update was not applied."""
         self.spoiled = DeviceFlag()
@@ -232,6 +234,16 @@ class Owner(OpenCalls):
                 "step(), or construct the optimizer with fused=False"
             )
 
+    def notice_replacement(self, weight: Tensor) -> None:
+        """The head was called, gradients on, with `weight` in this one's place."""
+        self._replaced_by = weakref.ref(weight)
+
+    @property
+    def replaced_by_unowned(self) -> bool:
+        """Whether that was so since the last update, and nobody owns that weight yet."""
+        weight = None if self._replaced_by is None else self._replaced_by()
+        return weight is not None and owner_of(weight) is None
+
     def check_step(self) -> None:
         """Raise if `opt.step()` must not acknowledge this weight's update.
 
@@ -257,7 +269,7 @@ class Owner(OpenCalls):
             raise FusedUpdateError(
                 f"the head weight {self.name} was replaced: the model now trains with a Parameter "
                 "that this optimizer does not own (load_state_dict(assign=True)?). Construct the "
-                "optimizer again from the model's parameters"
+                "optimizer again from the model's parameters, or add it by add_param_group()"
             )
         self.check_invalid()
 
@@ -323,7 +335,7 @@ class Owner(OpenCalls):
         if self.param.is_cuda:
             self._kept_invalid.add(kept.wrong.to(torch.int32))
         self._kept_of = self.param._version, self.param.dtype
-        self.replaced_by_unowned = False
+        self._replaced_by = None
 
     def forget_kept(self) -> None:
         """Drop what backwards kept: the gradient is zeroed."""
@@ -340,7 +352,7 @@ class Owner(OpenCalls):
         """
         self._dense = []
         self._dense_invalid.clear()
-        grad, group = self.param.grad, self._shared_with()
+        grad, group = self.param.grad, self.shared_with()
         try:
             if self.kept:
                 self._check_unchanged()
@@ -365,12 +377,12 @@ class Owner(OpenCalls):
 
         They would wait for this one in `settle`.
         """
-        group = self._shared_with()
+        group = self.shared_with()
         if group is not None:
             gathered([], group, self.param.detach(), failed=True)
         return group is not None
 
-    def _shared_with(self) -> Any:
+    def shared_with(self) -> Any:
         """The process group that is to exchange what its processes kept; None if none is.
 
         Raises:
@@ -461,7 +473,7 @@ class Owner(OpenCalls):
         if capturing(self.param.device):
             self.replays.captured()
         self.pending = True
-        self.replaced_by_unowned = False
+        self._replaced_by = None
         self.forget_calls()
         self.on_update(guard)
         self.inconsistent = False

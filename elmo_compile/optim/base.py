@@ -15,9 +15,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from elmo_compile.errors import FusedUpdateError, InputError, OptionError
 from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.philox import ROUNDING_VERSION
+from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.owners import Owner, Policy, owner_of, register, unregister
-from elmo_compile.optim import guards, options, state, whole
+from elmo_compile.optim import guards, loading, options, state, whole
 from elmo_compile.optim.nothing_fused import nothing_fused
 from elmo_compile.optim.on_device import Graphs, count, rate_of, step_of
 from elmo_compile.optim.ordinary import Gradient, apply_updates, check_updates
@@ -44,6 +45,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         self._next_id = 0
         self._ids: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._seen: list[list[Tensor]] = []
+        self._owns: list[bool] = []
         self._warned = self._stepped = False
         self._skipped = 0
         self._graphs, self._used, self._applied = Graphs(), Used(defaults), Applied()
@@ -137,6 +139,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         """
         loss = self._evaluate(closure) if closure is not None else None
         captured, wrong, skips = self._graphs.begin(self._members()), None, False
+        self._check_groups()
         with torch.no_grad():
             try:
                 self._check_step()
@@ -245,6 +248,17 @@ class HeadOptimizer(torch.optim.Optimizer):
             group["param_ids"] = [self._id_of(param) for param in group["params"]]
         self._register()
 
+    def _check_groups(self) -> None:
+        """Raise OptionError for what was written into a group and is refused at construction."""
+        for group, owns in zip(self.param_groups, self._owns):
+            options.check_whole_gradient(group)
+            if options.owns_heads(group) != owns:
+                raise OptionError(
+                    f"fused={group['fused']}, accumulate={group['accumulate']!r} were written into "
+                    "a group that was made otherwise; whether an optimizer owns its heads is "
+                    "decided when a group is added: construct the optimizer with them"
+                )
+
     def _id_of(self, param: Tensor) -> int:
         """The number of a parameter's rounding stream; a new one's is the next."""
         if param not in self._ids:
@@ -272,7 +286,8 @@ class HeadOptimizer(torch.optim.Optimizer):
         """As torch.optim; how to update (`fused`, `update_at`, ...) stays as constructed.
 
         Raises:
-            OptionError: the state was saved by a version with other rounding bits.
+            OptionError: the state was saved by a version with other rounding bits, by another
+                rule, or for parameters of other shapes. Nothing is modified.
         """
         taken: list[dict[str, Any]] = []
 
@@ -293,20 +308,12 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     def _to_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A saved state with how to update as it is here. Raises as `load_state_dict`."""
-        groups = []
-        for group, mine in zip(state_dict["param_groups"], self.param_groups):
-            version = group.get("rounding_version")
-            if version is None:
-                raise OptionError(
-                    "this state has no rounding_version, so it is none of elmo_compile.optim "
-                    "(torch.optim's? moments are kept otherwise there). Begin with a new one"
-                )
-            if version != ROUNDING_VERSION:
-                raise OptionError(
-                    f"this optimizer state has rounding_version={version!r}; this version of "
-                    f"elmo_compile continues only rounding_version={ROUNDING_VERSION}"
-                )
-            groups.append({**group, **{key: mine[key] for key in options.HOW}})
+        loading.check_groups(state_dict["param_groups"], self.param_groups)
+        loading.check_shapes(state_dict, self.param_groups)
+        groups = [
+            {**group, **{key: mine[key] for key in options.HOW}}
+            for group, mine in zip(state_dict["param_groups"], self.param_groups)
+        ]
         if len(groups) == len(state_dict["param_groups"]):
             state_dict = {**state_dict, "param_groups": groups}
         return state_dict
@@ -353,10 +360,11 @@ class HeadOptimizer(torch.optim.Optimizer):
     def _register(self) -> None:
         """Own every matrix of a fused group, and nothing else."""
         self._seen = [list(group["params"]) for group in self.param_groups]
+        self._owns = [options.owns_heads(group) for group in self.param_groups]
         owned = {id(owner.param): owner for owner in self._owners}
         wanted: list[Owner] = []
         for group in self.param_groups:
-            if not group["fused"] or group["accumulate"] == "materialize":
+            if not options.owns_heads(group):
                 continue
             guards.install()
             names = group.get("param_names") or []
@@ -373,10 +381,11 @@ class HeadOptimizer(torch.optim.Optimizer):
     def _own(self, param: Tensor, name: str) -> Owner:
         # The registry must not keep a discarded optimizer alive.
         me, this = weakref.ref(self), weakref.ref(param)
-        owner = Owner(param, name, lambda: _alive(me)._update(*_alive(me)._find(_alive(this))))
+        owner = Owner(param, name, lambda: _alive(me).next_update(_alive(this)))
         mine = weakref.ref(owner)
         owner.on_update = lambda guard: _alive(me)._updated(_alive(mine), guard)
-        owner.policy = lambda: _policy(_alive(me)._find(_alive(this)).group)
+        owner.state_sizes = lambda: _alive(me).state_sizes(_alive(this))
+        owner.policy = lambda: _alive(me)._policy(_alive(this))
         register(owner)
         return owner
 
@@ -385,6 +394,17 @@ class HeadOptimizer(torch.optim.Optimizer):
             if member.param is param:
                 return member
         raise _removed()
+
+    def _policy(self, param: Tensor) -> Policy:
+        """How a head is updated, by what its group says now."""
+        group = self._find(param).group
+        self._check_groups()
+        return Policy(
+            at_step=group["update_at"] == "step",
+            accumulate=group["accumulate"],
+            clips=group["max_norm"] is not None,
+            capturable=group["capturable"],
+        )
 
     # Updates
 
@@ -411,17 +431,31 @@ class HeadOptimizer(torch.optim.Optimizer):
             **self._rule(group),
         )
 
+    def next_update(self, param: Tensor) -> Update:
+        """The next update of a parameter, for whoever makes it; counts nothing."""
+        return self._update(*self._find(param))
+
+    def state_sizes(self, param: Tensor) -> list[StateSize]:
+        """What is kept for a parameter, or will be, but for its count of steps."""
+        group = self._find(param).group
+        sizes = [self._slot_size(name, param, group) for name in self._slots(group)]
+        return sizes + state.compensation_sizes(group, param)
+
+    def _slot_size(self, name: str, param: Tensor, group: dict[str, Any]) -> StateSize:
+        """The size of what `_slot` makes."""
+        return state.slot_size(name, param, group["state_dtype"])
+
     def _compensation(
         self, group: dict[str, Any], param: Tensor
     ) -> tuple[Any, Tensor | None, Tensor | None]:
         """(rounding of the other rows, compensation, the rows it belongs to)."""
         held, rounding = self.state[param], group["rounding"]
-        rows = group["kahan_rows"]
-        some = rows is not None and param.dim() == 2 and param.shape[0] == state.most_rows(group)
+        rows, which = group["kahan_rows"], state.compensated(group, param)
         other = "stochastic" if rounding == "kahan" else rounding
-        if not state.takes_compensation(param) or not (some or rounding == "kahan"):
+        if which == "none":
             return other, None, None
         if "compensation" not in held:
+            some = which == "some"
             if some:
                 held["kahan_rows"] = rows.to(param.device)
             like = param[: len(rows)] if some else param
@@ -461,15 +495,6 @@ def is_fused(param: Tensor) -> bool:
     """Whether a compiled graph updates this parameter itself, without a gradient."""
     owner = owner_of(param)
     return owner is not None and owner.in_use and not owner.superseded
-
-
-def _policy(group: dict[str, Any]) -> Policy:
-    return Policy(
-        at_step=group["update_at"] == "step",
-        accumulate=group["accumulate"],
-        clips=group["max_norm"] is not None,
-        capturable=group["capturable"],
-    )
 
 
 def _alive(reference: weakref.ref[Any]) -> Any:

@@ -28,6 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from elmo_compile.errors import FusedUpdateError
 from elmo_compile.ops.fused import ANCHOR_NODE
+from elmo_compile.ops.gather import largest
 from elmo_compile.ops.owners import live_owners, owner_of
 
 _MARK = "_elmo_compile_guard"
@@ -102,10 +103,16 @@ def _wrap_unscale() -> None:
     ) -> dict[torch.device, Tensor]:
         found = original(scaler, optimizer, inv_scale, found_inf, allow_fp16)
         for owner in getattr(optimizer, "_owners", ()):
-            if owner.kept:
+            group = owner.shared_with()
+            if owner.kept or group is not None:
                 device = owner.param.device
                 flag = found.setdefault(device, found_inf.to(device, copy=True))
-                flag.copy_(torch.maximum(flag, owner.wrong().to(flag)))
+                wrong = [owner.wrong()] if owner.kept else []
+                flags = [each.to(flag) for each in (*found.values(), *wrong)]
+                flag.copy_(torch.stack(flags).amax())
+                if group is not None:
+                    # All processes skip a step, or none: a step gathers what they kept.
+                    flag.copy_(largest(flag, group))
                 for one in owner.kept:
                     one.times_(inv_scale.to(device))
         return found

@@ -83,7 +83,7 @@ def check_group(group: dict[str, Any]) -> None:
     if "eps" in group:
         number("eps", group["eps"])
     _check_storage(group)
-    _check_whole_gradient(group)
+    check_whole_gradient(group)
 
 
 def _check_storage(group: dict[str, Any]) -> None:
@@ -121,7 +121,12 @@ def _need_torchao() -> None:
         ) from error
 
 
-def _check_whole_gradient(group: dict[str, Any]) -> None:
+def owns_heads(group: dict[str, Any]) -> bool:
+    """Whether matrices of a group are updated by their heads."""
+    return bool(group["fused"]) and group["accumulate"] != "materialize"
+
+
+def check_whole_gradient(group: dict[str, Any]) -> None:
     """What must see the whole gradient needs `update_at="step"`, or a gradient that exists."""
     choice("update_at", group["update_at"], ("backward", "step"))
     choice("accumulate", group["accumulate"], ACCUMULATE)
@@ -129,7 +134,7 @@ def _check_whole_gradient(group: dict[str, Any]) -> None:
     integer("micro_batches", group["micro_batches"], 31, low=1)
     if group["max_norm"] is not None:
         number("max_norm", group["max_norm"])
-    if not group["fused"] or group["accumulate"] == "materialize":
+    if not owns_heads(group):
         return
     if group["update_at"] == "step":
         if group["accumulate"] == "step_each":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Rounding
 from elmo_compile.optim.base import HeadOptimizer
 from elmo_compile.optim.sharded import is_sharded, row_sums
@@ -278,6 +280,10 @@ class Adagrad(HeadOptimizer):
 
     def _rule(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"rule": "adagrad", "eps": group["eps"]}
+
+    def _slot_size(self, name: str, param: Tensor, group: dict[str, Any]) -> StateSize:
+        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+        return StateSize(name, dtype, Fraction(dtype.itemsize), columns=1)
 
     def _slot(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
         held = self.state[param]

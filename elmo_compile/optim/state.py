@@ -7,7 +7,8 @@ parameter seen as a matrix.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from fractions import Fraction
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from elmo_compile.errors import OptionError
 from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.formats import is_narrow
+from elmo_compile.numerics.state_size import StateSize
 
 DTYPES: dict[Any, Any] = {
     None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit",
@@ -67,6 +69,37 @@ def slot(
     return found
 
 
+def slot_size(name: str, param: Tensor, wanted: Any) -> StateSize:
+    """The size of a `slot` of a matrix."""
+    if wanted == "8bit" and _takes_8bit(param):
+        return StateSize(name, torch.uint8, 1 + Fraction(4, _block_size(param)))
+    dtype = state_dtype(param.dtype, wanted)
+    return StateSize(name, dtype, Fraction(dtype.itemsize))
+
+
+def compensated(group: dict[str, Any], param: Tensor) -> Literal["none", "some", "all"]:
+    """Which rows of a parameter are compensated."""
+    if not takes_compensation(param):
+        return "none"
+    named = group["kahan_rows"] is not None and param.dim() == 2
+    if named and param.shape[0] == most_rows(group):
+        return "some"
+    return "all" if group["rounding"] == "kahan" else "none"
+
+
+def compensation_sizes(group: dict[str, Any], param: Tensor) -> list[StateSize]:
+    """The sizes of a matrix's compensation, and of the numbers of its rows."""
+    which, dtype = compensated(group, param), group["compensation_dtype"]
+    if which == "none":
+        return []
+    whole = StateSize("compensation", dtype, Fraction(dtype.itemsize))
+    if which == "all":
+        return [whole]
+    rows = len(group["kahan_rows"])
+    numbers = StateSize("kahan_rows", torch.int64, Fraction(8), rows=rows, columns=1)
+    return [whole._replace(rows=rows), numbers]
+
+
 def _blockwise_slot(held: dict[str, Any], name: str, param: Tensor, signed: bool) -> Blockwise:
     table, scales = _table(signed, param.device), f"{name}_scale"
     if scales not in held:
@@ -74,7 +107,7 @@ def _blockwise_slot(held: dict[str, Any], name: str, param: Tensor, signed: bool
         blocks = param.numel() // _block_size(param)
         zero = int((table == 0).nonzero()[0, 0])
         held[name] = torch.full_like(param, zero, dtype=torch.uint8)
-        held[scales] = torch.zeros(blocks, device=param.device)
+        held[scales] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
         if wide is not None:  # until now it was not stored in 8 bits
             values = wide.to(param.device, torch.float32)
             state, rows = Blockwise(held[name], held[scales], table), _rows_of(param)
@@ -100,7 +133,7 @@ def _table(signed: bool, device: torch.device) -> Tensor:
     """The 256 values of the dynamic 8-bit type, ascending, as torchao has them."""
     from torchao.optim.quant_utils import create_dynamic_map
 
-    return torch.tensor(create_dynamic_map(signed=signed), device=device)
+    return torch.tensor(create_dynamic_map(signed=signed), dtype=torch.float32, device=device)
 
 
 def _takes_8bit(param: Tensor) -> bool:

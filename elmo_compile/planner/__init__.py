@@ -2,7 +2,7 @@
 
 from elmo_compile.planner.choose import Plan, PlanRefusal, plan
 from elmo_compile.planner.device import DeviceLimits, cpu_cache_bytes, limits_for
-from elmo_compile.planner.memory import HeadMemory, Term
+from elmo_compile.planner.memory import HeadMemory, Term, with_state
 from elmo_compile.planner.shape import HeadShape, ProgramSize, default_compute_dtype
 from elmo_compile.planner.traffic import TrafficTable
 
@@ -19,4 +19,5 @@ __all__ = [
     "default_compute_dtype",
     "limits_for",
     "plan",
+    "with_state",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
 import torch
 
 from elmo_compile.numerics.losses import CE
+from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.planner.shape import C, D, HeadShape, L, M, N
 
 LOSS = "loss"
@@ -86,6 +88,18 @@ class HeadMemory:
     def temporary_bytes(self) -> int:
         """`temporaries` as a number."""
         return sum(t.bytes for t in self.after if t.temporary)
+
+
+def with_state(
+    memory: HeadMemory, state: Sequence[StateSize], *, outputs: int, features: int
+) -> HeadMemory:
+    """The same with an optimizer's state, before as after."""
+    formulas = {size.label: state_bytes(size) for size in state}
+    sizes = {L: outputs, D: features}
+    terms = tuple(
+        Term(name=name, expr=expr, bytes=int(expr.subs(sizes))) for name, expr in formulas.items()
+    )
+    return dataclasses.replace(memory, before=memory.before + terms, after=memory.after + terms)
 
 
 def head_memory(
@@ -192,7 +206,7 @@ def _writes_weight_gradient_chunk(shape: HeadShape, operand: int) -> bool:
     """
     if not shape.weight_trainable:
         return False
-    if shape.fused_update and shape.momentum_dtype is None and operand >= 4:
+    if shape.fused_update and not shape.state and operand >= 4:
         return shape.weight_dtype.itemsize != operand
     return shape.fused_update or shape.weight_gradient_dtype.itemsize != operand
 
@@ -210,8 +224,7 @@ def _triton_buffers(shape: HeadShape) -> list[tuple[str, Any]]:
         sums = sympy.Min(SPLIT_SUMS, SPLIT_SUMS_A_ROW * N)
         terms.append(("feature gradient, split sums", sums + 4 * N * D))
     if shape.weight_trainable and shape.fused_update:
-        stored = (shape.weight_dtype, shape.momentum_dtype)
-        rounded = sum(1 for dtype in stored if dtype is not None and dtype.itemsize < 4)
+        rounded = int(shape.weight_dtype.itemsize < 4) + sum(s.is_rounded for s in shape.state)
         terms += [("rounding keys", 4 * rounded * C)] if rounded else []
     # One float32 maximum and one float64 sum a row from each of `ROW_PARTS` programs.
     terms.append(("row statistics", (12 * ROW_PARTS if shape.loss.name == CE else 8) * N))
@@ -239,13 +252,18 @@ def operand_size(shape: HeadShape) -> int:
     return shape.compute_dtype.itemsize
 
 
+def state_bytes(size: StateSize) -> Any:
+    """Bytes of one tensor of the optimizer's state, in L and D."""
+    rows = L if size.rows is None else size.rows
+    return sympy.Rational(size.each) * rows * (D if size.columns is None else size.columns)
+
+
 def _resident(shape: HeadShape) -> list[tuple[str, Any]]:
     """What exists whatever the head does."""
     terms: list[tuple[str, Any]] = [("weight", shape.weight_dtype.itemsize * L * D)]
     if shape.has_bias:
         terms.append(("bias", 4 * L))
-    if shape.momentum_dtype is not None:
-        terms.append(("momentum", shape.momentum_dtype.itemsize * L * D))
+    terms += [(size.label, state_bytes(size)) for size in shape.state]
     terms.append(("features", shape.feature_dtype.itemsize * N * D))
     if shape.loss.targets == "dense":
         terms.append(("dense targets (given)", shape.dense_target_dtype.itemsize * N * L))

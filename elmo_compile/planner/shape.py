@@ -15,6 +15,7 @@ import torch
 
 from elmo_compile.config import LossValue
 from elmo_compile.numerics.losses import BCE, CE, LossSpec
+from elmo_compile.numerics.state_size import StateSize
 
 DeviceKind = Literal["cpu", "cuda"]
 Size = Any
@@ -64,8 +65,8 @@ class HeadShape:
     weight_trainable: bool = True
     fused_update: bool = False
     """The weight is updated in the backward; no weight gradient is made."""
-    momentum_dtype: torch.dtype | None = None
-    """Of the optimizer's momentum buffer; None without one."""
+    state: tuple[StateSize, ...] = ()
+    """What the optimizer keeps for the weight, where that is known."""
     device: DeviceKind = "cpu"
     loss_value: LossValue = "exact"
     at_once: bool = False

@@ -7,6 +7,7 @@ from typing import Any
 
 import sympy
 
+from elmo_compile.planner.memory import state_bytes
 from elmo_compile.planner.shape import D, HeadShape, L, N
 
 
@@ -64,9 +65,8 @@ def head_traffic(
     read, written = passes * weight, sympy.Integer(0)
     if shape.weight_trainable and shape.fused_update:
         written = weight
-        if shape.momentum_dtype is not None:
-            state = shape.momentum_dtype.itemsize * L * D
-            read, written = read + state, written + state
+        state = sympy.Add(*(state_bytes(size) for size in shape.state))
+        read, written = read + state, written + state
     elif shape.weight_trainable:
         gradient = shape.weight_gradient_dtype.itemsize * L * D
         read, written = read + (blocks - 1) * gradient, blocks * gradient

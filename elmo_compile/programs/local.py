@@ -78,10 +78,11 @@ def multi_hot(indices: Tensor, offsets: Tensor | None, columns: Tensor) -> Tenso
     if offsets is not None:
         rows = torch.searchsorted(offsets, torch.arange(indices.numel(), device=indices.device),
                                   right=True) - 1  # fmt: skip
-        empty = torch.zeros(offsets.numel() - 1, columns.numel(), device=indices.device)
-        one = torch.ones((), device=indices.device)
+        one = torch.ones((), dtype=torch.float32, device=indices.device)
+        empty = one.new_zeros(offsets.numel() - 1, columns.numel())
         return index_put(empty, [rows, indices], one, False, 1, 0, columns)
-    empty = torch.zeros(indices.shape[0], columns.numel(), device=indices.device)
+    shape = (indices.shape[0], columns.numel())
+    empty = torch.zeros(shape, dtype=torch.float32, device=indices.device)
     return scatter(empty, 1, indices, 1.0, columns)
 
 

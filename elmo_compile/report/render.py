@@ -16,8 +16,8 @@ from elmo_compile.report.records import Match, Refusal, Report
 
 WIDTH = 110
 LEGEND = (
-    "Bytes, the optimizer's state apart: N rows, D features, L outputs, C outputs per chunk, "
-    "M listed positives"
+    "Bytes, with the optimizer's state where the update is fused: N rows, D features, L outputs, "
+    "C outputs per chunk, M listed positives"
 )
 NOTHING = (
     "no graph has reached the backend: nothing compiled with it was called yet, or Dynamo skipped "

@@ -55,7 +55,9 @@ class TunedHead:
         _require_memory(case, state)
         self._problem, _ = bench.problem_of(case, self._plan)
         w_LD = self._problem.w_LD
-        self._scale_N = torch.full((case.rows,), 1 / case.rows, device=w_LD.device)
+        self._scale_N = torch.full(
+            (case.rows,), 1 / case.rows, dtype=torch.float32, device=w_LD.device
+        )
         self._start_LD = w_LD.clone()
         self._state = [torch.zeros_like(w_LD, dtype=torch.bfloat16) for _ in range(_TENSORS[state])]
         self._update = Update(lr=bench.LR)

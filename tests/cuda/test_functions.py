@@ -84,10 +84,12 @@ def test_explain_says_what_a_gpu_would_need():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
-def test_clipping_does_not_change_how_products_are_made():
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_clipping_does_not_change_how_products_are_made(precision, monkeypatch):
+    """Not for a moment: another thread's products would change with it."""
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
-    settings.fp32_precision = "tf32"
+    settings.fp32_precision = precision
     try:
         weight = nn.Parameter(torch.ones(300, 16, device="cuda"))
         step = torch.compile(
@@ -96,12 +98,18 @@ def test_clipping_does_not_change_how_products_are_made():
         )  # fmt: skip
         opt = elmo.optim.SGD([weight], 0.1, update_at="step", max_norm=1.0)
         labels = torch.zeros(4, dtype=torch.int64, device="cuda")
-        step(torch.ones(4, 16, device="cuda"), labels).backward()
-        opt.step()
+        with monkeypatch.context() as patched:
+            patched.setattr(type(settings), "__setattr__", refuse)
+            step(torch.ones(4, 16, device="cuda"), labels).backward()
+            opt.step()
         assert elmo.is_fused(weight)
-        assert settings.fp32_precision == "tf32"
+        assert settings.fp32_precision == precision
     finally:
         settings.fp32_precision = before
+
+
+def refuse(*args):
+    raise AssertionError(f"a process-wide setting was changed: {args[1:]}")
 
 
 def test_a_flag_is_read_without_waiting_for_what_follows(no_host_reads):

@@ -243,3 +243,24 @@ def test_nothing_of_a_step_is_held_by_its_loss(options: dict[str, Any]) -> None:
     gc.collect()
     assert [kept() for kept in held] == [None] * len(held)
     assert not torch.stack(losses).isnan().any()
+
+
+def test_a_backward_for_logits_alone_updates_nothing() -> None:
+    """The loss of a fused head's logits is a tensor of the package's own, too."""
+    model = nn.Linear(8, LABELS)
+    x, y = torch.randn(5, 8), torch.rand(5, LABELS)
+    z = model(x)
+    (want,) = torch.autograd.grad(F.binary_cross_entropy_with_logits(z, y), z)
+    before = copy.deepcopy(model)
+    opt = elmo.optim.SGD(model.parameters(), 0.5)
+    logits = torch.compile(model, backend="elmo", options=EAGER)(x)
+    loss = F.binary_cross_entropy_with_logits(logits, y)
+    assert isinstance(logits, Deferred)
+    assert isinstance(loss, Deferred)
+    loss.backward(inputs=[logits])
+    torch.testing.assert_close(logits.grad, want)
+    assert torch.equal(model.weight, before.weight)
+    assert model.bias.grad is None
+    F.binary_cross_entropy_with_logits(model(x), y).backward(inputs=[model.bias])
+    opt.step()
+    assert torch.equal(model.weight, before.weight)

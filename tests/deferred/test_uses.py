@@ -190,6 +190,24 @@ def grad_of_a_scale(z: Tensor, y: Tensor) -> list[Tensor | None]:
     return [*torch.autograd.grad(loss, [z, scale])]
 
 
+def backward_for(z: Tensor, *inputs: Tensor, loss: Tensor, **kwargs: Any) -> list[Tensor | None]:
+    loss.backward(inputs=[z, *inputs], **kwargs)
+    return [z.grad, *(each.grad for each in inputs)]
+
+
+def backward_for_logits_twice(z: Tensor, y: Tensor) -> list[Tensor | None]:
+    first, second = F.cross_entropy(z.double(), y), z[1:].logsumexp(-1).sum()
+    torch.autograd.backward([first, 2 * second], inputs=z, retain_graph=True)
+    assert z.grad is not None
+    seen = z.grad.clone()
+    return [seen, *backward_for(z, loss=F.cross_entropy(z, y))]
+
+
+def backward_for_logits_and_features(z: Tensor, y: Tensor) -> list[Tensor | None]:
+    loss = 3 * F.cross_entropy(z, y) + z.exp().sum()
+    return backward_for(z, z.features, loss=loss)  # type: ignore[attr-defined]
+
+
 STREAMED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "cross_entropy": lambda z, y: backward(F.cross_entropy(z, y)),
     "module": lambda z, y: backward(nn.BCEWithLogitsLoss()(z, F.one_hot(y, L).float())),
@@ -276,6 +294,12 @@ MADE: dict[str, Callable[[Tensor, Tensor], Any]] = {
     )[0],
     "grad_of_a_detached_leaf": grad_of_a_detached_leaf,
     "grad_of_a_scale": grad_of_a_scale,
+    "backward_for_logits": lambda z, y: backward_for(z, loss=F.cross_entropy(z, y)),
+    "backward_for_logits_of_rows": lambda z, y: backward_for(
+        z, loss=F.cross_entropy(z, y, reduction="none"), gradient=torch.arange(N).float()
+    ),
+    "backward_for_logits_twice": backward_for_logits_twice,
+    "backward_for_logits_and_features": backward_for_logits_and_features,
     "retain_grad": retained,
     "hook": hooked,
     "penalty": penalty(),
@@ -320,6 +344,7 @@ WATCHERS: dict[str, Callable[[Tensor], Any]] = {
     "register_hook": lambda z: z.register_hook(lambda grad: grad * 0),
     "retain_grad": lambda z: z.retain_grad(),
 }
+BESIDE = {**WATCHERS, "backward(inputs=)": lambda z: z.sum().backward(inputs=[z])}
 
 
 @pytest.mark.parametrize("name", list(WATCHERS))
@@ -339,7 +364,7 @@ def test_asking_for_the_gradient_after_the_loss_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("name", list(WATCHERS))
+@pytest.mark.parametrize("name", list(BESIDE))
 def test_asking_for_the_gradient_beside_a_loss_of_the_same_graph_is_refused(
     name: str, smoothing: float
 ) -> None:
@@ -354,6 +379,6 @@ def test_asking_for_the_gradient_beside_a_loss_of_the_same_graph_is_refused(
     x, y = torch.randn(N, 8), torch.randint(0, L, (N,))
     loss, z = run(x, y)
     with pytest.raises(RuntimeError, match="'deferred_logits': False"):
-        WATCHERS[name](z)
+        BESIDE[name](z)
     loss.backward()
-    WATCHERS[name](z.detach().requires_grad_())
+    BESIDE[name](z.detach().requires_grad_())

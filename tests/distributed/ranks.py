@@ -4,11 +4,13 @@ python ranks.py RANK WORLD FOLDER KIND DTYPE WRAP HOW
 
 HOW: "loss": the model returns its loss; "logits": it returns logits; "bare": it does too, and is
 also called without DDP between backward() and step(); "refused": its head's gradient is ordinary;
-"biased": it returns its loss, and processes have different biases.
+"biased": it returns its loss, and processes have different biases; "scaled": GradScaler scales it,
+and in one step one process's head, and nothing else, has a loss that is not finite.
 """
 
 from __future__ import annotations
 
+import datetime
 import sys
 from pathlib import Path
 
@@ -42,6 +44,41 @@ class Scorer(Net):
         return self.head(torch.tanh(self.encoder(inputs)))
 
 
+class Apart(Net):
+    """The head's loss, of features that get no gradient of it, and a loss of the features."""
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        features = torch.tanh(self.encoder(inputs))
+        return F.cross_entropy(self.head(features.detach()), labels), features.square().mean()
+
+
+OVERFLOWS, SCALE = 1, 16.0
+"""The step in which process 1's loss is not finite, and the scale at first."""
+
+
+def scaled(rank: int, world: int, folder: str) -> None:
+    """Train with a GradScaler, then save the weights."""
+    model = net("ce", seed=rank, bias=False)
+    model.__class__ = Apart
+    elmo.distributed.ignore_heads(model)
+    run = DistributedDataParallel(torch.compile(model, backend="elmo", options=EAGER))
+    optimizer = elmo.optim.SGD(model.parameters(), 0.5, update_at="step")
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    for step in range(STEPS):
+        head_loss, other = run(*part(step, 0, rank, world))
+        if (step, rank) == (OVERFLOWS, 1):
+            head_loss = head_loss * torch.inf
+        scaler.scale(head_loss + other).backward()
+        if step == 0:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert scaler.get_scale() == SCALE / 2
+    assert optimizer.fused_parameters() == [model.head.weight]
+    torch.save(model.state_dict(), f"{folder}/weights{rank}.pt")
+
+
 def loss_of_logits(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
     if kind == "ce":
         return F.cross_entropy(logits, labels)
@@ -51,8 +88,18 @@ def loss_of_logits(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
 def main(rank: int, world: int, folder: str, kind: str, dtype: str, wrap: str, how: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world
-    )
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world,
+        timeout=datetime.timedelta(seconds=90),
+    )  # fmt: skip
+    if how == "scaled":
+        scaled(rank, world, folder)
+    else:
+        train(rank, world, folder, kind, dtype, wrap, how)
+    torch.distributed.destroy_process_group()
+
+
+def train(rank: int, world: int, folder: str, kind: str, dtype: str, wrap: str, how: str) -> None:
+    """The other cases."""
     model = net(kind, seed=rank)  # what process 0 has is to count
     if how not in ("loss", "biased"):
         model.__class__ = Scorer
@@ -96,7 +143,6 @@ def main(rank: int, world: int, folder: str, kind: str, dtype: str, wrap: str, h
     assert optimizer.fused_parameters() == [model.head.weight]
     torch.save(model.state_dict(), f"{folder}/weights{rank}.pt")
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from elmo_compile.errors import ElmoError, OptionError
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from ranks import MICRO, ROWS, STEPS
+from ranks import MICRO, OVERFLOWS, ROWS, STEPS, Apart
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 
@@ -29,7 +29,7 @@ def test_what_would_let_processes_differ_is_refused(how: str, tmp_path: Path) ->
     run(tmp_path, 2, "ce", "float32", "outside", how)
 
 
-@pytest.mark.parametrize("cases", ["dense+unlike", "unused+refused+join"])
+@pytest.mark.parametrize("cases", ["dense+unlike", "unused+scaled+refused+join"])
 def test_processes_that_do_not_do_the_same(cases: str, tmp_path: Path) -> None:
     """What each is about is said in uneven_ranks.py."""
     run(tmp_path, 2, cases, script=SCRIPT.with_name("uneven_ranks.py"))
@@ -55,9 +55,13 @@ def run(folder: Path, world: int, *case: str, script: Path = SCRIPT) -> None:
         )
         for rank in range(world)
     ]  # fmt: skip
-    for process in running:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output[-3000:]
+    try:
+        for process in running:
+            output, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, output[-3000:]
+    finally:
+        for process in running:
+            process.kill()
 
 
 def eager(kind: str) -> dict[str, torch.Tensor]:
@@ -96,6 +100,22 @@ def test_two_processes_train_as_one(
     close = {"rtol": 1e-5, "atol": 2e-6} if dtype == "float32" else {"rtol": 2e-2, "atol": 4e-3}
     for name, value in weights[0].items():
         torch.testing.assert_close(value.float(), want[name], **close)
+
+
+def test_all_processes_skip_a_step_in_which_one_overflows(tmp_path: Path) -> None:
+    """With GradScaler, where the head's own loss overflows and the rest has finite gradients."""
+    first, second = trained(tmp_path, 2, "ce", "float32", "outside", "scaled")
+    model = net("ce", seed=0, bias=False)
+    model.__class__ = Apart
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        torch.stack(model(*batch(10 * step, ROWS))).sum().backward()
+        if step != OVERFLOWS:
+            optimizer.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=2e-6)
 
 
 def test_heads_to_ignore_are_named_as_ddp_names_them() -> None:

@@ -74,18 +74,27 @@ def dense(rank: int) -> None:
         assert_same(model, twin)
 
 
-def unused(rank: int) -> None:
+def unused(rank: int, *, scaled: bool = False) -> None:
     """A process that does not use the head has a gradient of zeros; so has none if none does."""
     model, run, opt, (twin, other, torchs) = pair(Sometimes)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, enabled=scaled)
     for step, who in enumerate([(0,), (1,), (), (0, 1), (1,)]):
         inputs, labels = batch(2 * step + rank)
         for each in (run, other):
-            each(inputs, labels if rank in who else None).backward()
+            loss = each(inputs, labels if rank in who else None)
+            (scaler.scale(loss) if each is run else loss).backward()
+        scaler.step(opt)
+        scaler.update()
+        torchs.step()
         for each in (opt, torchs):
-            each.step()
             each.zero_grad()
         assert_same(model, twin)
     assert elmo.is_fused(model.head.weight)
+
+
+def scaled(rank: int) -> None:
+    """With a GradScaler, which asks the processes before the step."""
+    unused(rank, scaled=True)
 
 
 def refused(rank: int) -> None:
@@ -127,6 +136,9 @@ def join(rank: int) -> None:
     del opt  # whose head it is
 
 
+CASES = {one.__name__: one for one in (dense, unlike, unused, scaled, refused, join)}
+
+
 def main(rank: int, world: int, folder: str, case: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -134,9 +146,7 @@ def main(rank: int, world: int, folder: str, case: str) -> None:
         timeout=datetime.timedelta(seconds=60),
     )  # fmt: skip
     for each in case.split("+"):
-        {"dense": dense, "unused": unused, "refused": refused, "unlike": unlike, "join": join}[
-            each
-        ](rank)
+        CASES[each](rank)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -232,3 +232,15 @@ def test_excluded_heads_stay_as_they_are() -> None:
     assert not report.matches
     del opt
     assert LABELS == 48
+
+
+def test_a_head_without_values_is_converted_and_loaded() -> None:
+    """Models are built on the meta device, then filled from a checkpoint."""
+    source = elmo.convert_head(nn.Linear(16, 96), torch.float8_e4m3fn)
+    with torch.device("meta"):
+        model = nn.Linear(16, 96)
+    model = elmo.convert_head(model, torch.float8_e4m3fn).to_empty(device="cpu")
+    model.load_state_dict(source.state_dict())
+    assert model.weight.dtype == torch.float8_e4m3fn
+    x = torch.randn(3, 16)
+    assert torch.equal(model(x), source(x))

@@ -186,3 +186,20 @@ def test_bad_propensity_models_are_refused(model: Any) -> None:
 def test_bad_counts_are_refused(counts: Any, points: int) -> None:
     with pytest.raises(InputError):
         metrics.inverse_propensity(counts, points)
+
+
+@pytest.mark.parametrize("b", [-0.5, 0.0])
+def test_labels_without_a_point_need_a_propensity(b: float) -> None:
+    with pytest.raises(OptionError, match="take B above 0"):
+        metrics.inverse_propensity([0, 1, 5], 100, model=(0.5, b))
+    assert metrics.inverse_propensity([1, 5], 100, model=(0.5, b)).isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1.0])
+def test_propensities_that_are_no_numbers_are_refused(wrong: float) -> None:
+    """They made the score of a perfect ranking 0."""
+    scores = RankingMetrics(ks=(1,), inverse_propensity=torch.tensor([wrong, 1.0]))
+    with pytest.raises(InputError, match="inverse propensity of label 0"):
+        scores.update([[0]], SparseTargets.from_rows([[0]]))
+    scores.update([[1]], SparseTargets.from_rows([[1]]))
+    assert scores.compute()["PSP@1"] == 1

@@ -7,6 +7,7 @@ import torch
 
 import elmo_compile as elmo
 from elmo_compile.errors import InputError
+from elmo_compile.testing.memory import peak_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -69,3 +70,12 @@ def test_bad_arguments(arguments: tuple, message: str) -> None:
         offsets = torch.tensor(offsets, dtype=None if offsets else torch.int64)
     with pytest.raises(InputError, match=message):
         elmo.multi_hot(torch.tensor(indices), num_classes, offsets=offsets)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_one_matrix_is_made_and_not_two(flat: bool) -> None:
+    """For three million labels it has the size of the logits."""
+    indices = torch.randint(0, 5000, (64, 3))
+    given = {"offsets": torch.arange(0, 193, 3)} if flat else {}
+    made = peak_bytes(elmo.multi_hot, indices.view(-1) if flat else indices, 5000, **given)
+    assert made < 1.1 * 4 * 64 * 5000

@@ -86,3 +86,25 @@ def test_compensated_rows_by_default_leave_groups_without_a_matrix_alone() -> No
     assert opt.state[model.weight]["compensation"].shape == (2, 3)
     with pytest.raises(OptionError, match="without a matrix"):
         elmo.optim.SGD([{"params": [model.bias], "kahan_rows": 2}], 0.5)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [{"max_norm": 0.01}, {"nonfinite": "skip"}, {"accumulate": "stash"}, {"fused": False}],
+    ids=str,
+)
+@pytest.mark.parametrize("when", ["before the forward", "before the step"])
+def test_what_the_constructor_refuses_may_not_be_written_either(written: dict, when: str) -> None:
+    """A clipped group whose head was not; `fused=False` that changed nothing."""
+    model = net()
+    step, opt = owned(model)
+    train(step, opt, 1)
+    if when == "before the step":
+        step(*batch()).backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    opt.param_groups[0].update(written)
+    use = opt.step if when == "before the step" else lambda: step(*batch())
+    with pytest.raises(OptionError, match=next(iter(written))):
+        use()
+    for name, param in model.named_parameters():
+        assert torch.equal(param, before[name])

@@ -141,6 +141,42 @@ def test_a_new_head_module_is_a_replacement() -> None:
         opt.step()
 
 
+@pytest.mark.parametrize("update_at", ["backward", "step"])
+def test_a_new_head_that_is_added_is_fused_from_its_next_forward(update_at: str) -> None:
+    model = net()
+    step, opt = owned(model, update_at=update_at)
+    train(step, opt, 1)
+    model.head = net(seed=9).head
+    with pytest.warns(UserWarning, match="no module has the former one any more"):
+        earlier = step(*batch(0))
+    want = reference(model, 3)
+    opt.add_param_group({"params": model.head.parameters()})
+    earlier.backward()  # of a forward that was not fused: an ordinary gradient
+    assert model.head.weight.grad is not None
+    opt.step()
+    opt.zero_grad()
+    assert not elmo.is_fused(model.head.weight)
+    train(step, opt, 2, start=1)
+    assert elmo.is_fused(model.head.weight)
+    assert_same(model, want)
+    assert updates(opt, model.head.weight) == 3
+
+
+def test_a_backward_of_before_a_new_head_was_added_beside_a_fused_one() -> None:
+    model = net()
+    step, opt = owned(model)
+    train(step, opt, 1)
+    model.head = net(seed=9).head
+    with pytest.warns(UserWarning, match="no module has the former one any more"):
+        earlier = step(*batch(0))
+    opt.add_param_group({"params": model.head.parameters()})
+    step(*batch(1)).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        earlier.backward()
+    opt.step()
+    assert updates(opt, model.head.weight) == 1
+
+
 def test_an_averaged_copy_evaluated_without_gradients() -> None:
     model = net()
     step, opt = owned(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 
 import pytest
 import sympy
@@ -14,6 +15,7 @@ from elmo_compile.kernels.aten import compiled
 from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.kernels.targets import positives_of
 from elmo_compile.numerics.losses import BCE, CE, LossSpec
+from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Update
 from elmo_compile.planner import HeadShape, Plan, default_compute_dtype, plan
 from elmo_compile.planner import memory as memory_module
@@ -22,6 +24,9 @@ from elmo_compile.planner.shape import ProgramSize
 
 FP8 = torch.float8_e4m3fn
 N, D, L, C, M = sympy.symbols("N D L C M")
+
+
+MOMENTUM = StateSize("momentum_buffer", torch.float32, Fraction(4))
 
 
 def head(loss=BCE, targets="padded", dtype=torch.bfloat16, **changes):
@@ -95,9 +100,10 @@ def test_an_unfused_head_returns_its_gradient_in_the_dtype_of_the_ops():
 def test_optional_terms_only_where_they_exist():
     names = formulas(head_memory(head(), 64).before)
     assert "bias" not in names
-    assert "momentum" not in names
-    found = head_memory(head(has_bias=True, momentum_dtype=torch.float32), 64)
-    assert formulas(found.before)["momentum"] == 4 * L * D == formulas(found.after)["momentum"]
+    assert not any("moment" in name for name in names)
+    found = head_memory(head(has_bias=True, state=(MOMENTUM,)), 64)
+    name = "momentum_buffer (float32)"
+    assert formulas(found.before)[name] == 4 * L * D == formulas(found.after)[name]
     assert formulas(found.after)["bias gradient"] == 4 * L
     dense = head_memory(head(targets="dense"), 64)
     assert formulas(dense.after)["dense targets (given)"] == 4 * N * L
@@ -156,18 +162,19 @@ def test_traffic_of_a_fused_update_is_one_read_and_one_write_at_best():
     assert (best.read, best.written) == (L * D, L * D)
     exact = plan(head(dtype=FP8, fused_update=True)).traffic
     assert exact.read == 2 * L * D
-    momentum = plan(head(dtype=FP8, fused_update=True, momentum_dtype=torch.bfloat16)).traffic
+    narrow = StateSize("momentum_buffer", torch.bfloat16, Fraction(2))
+    momentum = plan(head(dtype=FP8, fused_update=True, state=(narrow,))).traffic
     assert (momentum.read, momentum.written) == (4 * L * D, 3 * L * D)
     frozen = plan(head(weight_trainable=False)).traffic
     assert frozen.written == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
-@pytest.mark.parametrize("momentum", [None, torch.float32])
-def test_float32_sgd_writes_straight_into_the_weight(dtype, momentum):
-    memory = head_memory(head(dtype=dtype, fused_update=True, momentum_dtype=momentum), 64)
+@pytest.mark.parametrize("state", [(), (MOMENTUM,)])
+def test_float32_sgd_writes_straight_into_the_weight(dtype, state):
+    memory = head_memory(head(dtype=dtype, fused_update=True, state=state), 64)
     made = "chunk of weight gradient" in formulas(memory.after)
-    assert made == (dtype != torch.float32 or momentum is not None)
+    assert made == (dtype != torch.float32 or bool(state))
 
 
 def test_cuda_keeps_only_the_logit_gradient_and_sums():

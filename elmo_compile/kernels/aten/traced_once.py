@@ -13,17 +13,16 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch._inductor import ir
-from torch._inductor.virtualized import V
-
 
 @contextlib.contextmanager
 def values_traced_once() -> Iterator[None]:
     """Compile with this open. To be opened by one thread at a time; what other threads compile
     meanwhile is compiled as ever."""
+    from torch._inductor import ir  # takes seconds, and small problems compile nothing
+
     original = ir.Pointwise.make_loader
 
-    def make_loader(self: ir.Pointwise) -> Callable[..., Any]:
+    def make_loader(self: Any) -> Callable[..., Any]:
         return _once(original(self))
 
     ir.Pointwise.make_loader = make_loader  # type: ignore[method-assign]
@@ -36,6 +35,8 @@ def values_traced_once() -> Iterator[None]:
 def _once(load: Callable[..., Any]) -> Callable[..., Any]:
     """A loader that keeps what it returned in the trace at hand: a handler of operations is made
     for each, and for each masked part of one."""
+    from torch._inductor.virtualized import V
+
     handler: Any = None
     found: dict[Any, Any] = {}
 
