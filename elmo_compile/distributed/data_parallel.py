@@ -9,7 +9,7 @@ Private names of torch: `DDP._set_params_and_buffers_to_ignore_for_model` (2.11 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,16 +22,23 @@ from elmo_compile.ops.data_parallel import refuse_gradient
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def ignore_heads(model: _Model, *, names: Sequence[str] | None = None) -> _Model:
+def ignore_heads(
+    model: _Model, *, names: Sequence[str] | None = None, process_group: Any = None
+) -> _Model:
     """Keep the weights of a model's heads out of DistributedDataParallel, before wrapping it.
 
     To be used with an optimizer of this package with `update_at="step"`. The weights are made equal
     to those of process 0, as DDP does for what it manages. Biases stay with DDP. A backward that
     gives such a weight an ordinary gradient, which nobody would reduce, raises FusedUpdateError.
 
+    `opt.step()` is collective: every process must call it as often, also for a batch that does not
+    use the head there (with DDP's find_unused_parameters=True). Under `join()` that is not so; it
+    is refused unless throw_on_early_termination=True.
+
     Args:
         model: what `DistributedDataParallel` is then called with.
         names: of the heads (nn.Linear); None: the one with the most outputs.
+        process_group: what `DistributedDataParallel` is given; None: the default one.
 
     Returns:
         `model`.
@@ -49,8 +56,9 @@ def ignore_heads(model: _Model, *, names: Sequence[str] | None = None) -> _Model
             with torch.no_grad():
                 stored = head.weight.detach()
                 raw = stored.view(torch.uint8) if stored.element_size() == 1 else stored
-                dist.broadcast(raw, src=0)
+                first = 0 if process_group is None else dist.get_global_rank(process_group, 0)
+                dist.broadcast(raw, src=first, group=process_group)
                 torch.autograd.graph.increment_version(head.weight)
-        refuse_gradient(head.weight)
+        refuse_gradient(head.weight, process_group)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]
     return model

@@ -22,6 +22,7 @@ from elmo_compile.ops.second_pass import current_task
 
 _local = threading.local()
 _last: MutableMapping[Tensor, weakref.ref[Any]] = WeakIdKeyDictionary()
+_ignored: MutableMapping[Tensor, Any] = WeakIdKeyDictionary()
 _numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _wrappers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _next_number = itertools.count(1)
@@ -63,9 +64,22 @@ def wrapper_of(weight: Tensor) -> Any:
 
 
 def number_of(wrapper: Any) -> int:
-    """A number for a wrapper, which a call's handle can hold; 0 for None."""
+    """A number for a wrapper, which a call's handle can hold; 0 for None.
+
+    Raises:
+        FusedUpdateError: in its `join()`, where a process may stop taking part in steps.
+    """
     if wrapper is None:
         return 0
+    join = getattr(wrapper, "_join_config", None)
+    if join is not None and join.enable and not join.throw_on_early_termination:
+        raise FusedUpdateError(
+            "a head that ignore_heads() keeps out of DistributedDataParallel is updated by all "
+            "processes together in opt.step(), which those that run out of data under join() do "
+            "not call: the others would wait for them forever. Use "
+            "join(throw_on_early_termination=True), or give all processes as many batches, or "
+            "construct the optimizer with fused=False and do not call ignore_heads()"
+        )
     if wrapper not in _numbers:
         _numbers[wrapper] = next(_next_number)
         _wrappers[_numbers[wrapper]] = wrapper
@@ -89,11 +103,24 @@ def group_of(number: int) -> Any:
     return wrapper.process_group
 
 
-def refuse_gradient(weight: Tensor) -> None:
+def refuse_gradient(weight: Tensor, group: Any = None) -> None:
     """Let a backward raise FusedUpdateError if it puts a gradient into this ignored weight's
-    `.grad`: nobody would reduce it over the processes."""
+    `.grad`: nobody would reduce it over the processes.
+
+    Args:
+        group: the process group of the wrapper to come; None: the default one.
+    """
+    _ignored[weight] = group
     if weight.requires_grad and _refuse not in _hooks(weight):
         weight.register_post_accumulate_grad_hook(_refuse)  # type: ignore[no-untyped-call]
+
+
+def group_of_ignored(weight: Tensor) -> Any:
+    """The process group that an ignored weight is to be trained in; None for any other weight."""
+    if weight not in _ignored or not dist.is_available() or not dist.is_initialized():
+        return None
+    group = _ignored[weight]
+    return dist.group.WORLD if group is None else group
 
 
 def hooked(weight: Tensor) -> bool:

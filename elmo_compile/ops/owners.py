@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -22,6 +23,7 @@ from elmo_compile.numerics.capture import capturing
 from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.counters import Counters
+from elmo_compile.ops.data_parallel import group_of_ignored
 from elmo_compile.ops.device_flag import DeviceFlag
 from elmo_compile.ops.gather import gathered
 from elmo_compile.ops.kept import about_to_change
@@ -74,8 +76,16 @@ class Owner(OpenCalls):
         self.kept: list[Kept] = []
         """What backwards left for `opt.step()` to update from."""
         self._kept_of: Any = None
+        self._shared: int = 0
+        """How many of `kept`, from the first, are of all processes already."""
+        self._dense: list[Kept] = []
+        """The gradient in `.grad`, as the last `settle` found it."""
         self.reduce_over: Any = None
-        """Under DistributedDataParallel: the process group whose mean of `kept` is wanted."""
+        """Under DistributedDataParallel: the process group whose mean of `kept` is wanted. Stays
+        from one step to the next: a process that does not use the head in one takes part in it."""
+        self._ever_kept = False
+        self._settled = False
+        """Nothing was kept since `settle`."""
         self.refused_in = ""
         """Where no fused call may be made now: `step(closure)`."""
         self.counters = Counters()
@@ -99,6 +109,8 @@ class Owner(OpenCalls):
         """CUDA: an update stored what is not finite."""
         self._kept_invalid = DeviceFlag()
         """CUDA: what was kept is invalid."""
+        self._dense_invalid = DeviceFlag()
+        """CUDA: `_dense` is invalid."""
         self.accumulate_node: Any = None
         """Of the last forward, until the weight is updated: kept longer it would outlive its
         stream, and a CUDA graph captured on another one could not hold the next backward."""
@@ -309,6 +321,8 @@ class Owner(OpenCalls):
         """
         if self.kept:
             self._check_unchanged()
+        else:
+            self.reduce_over = None
         if None not in (self.reduce_over, reduce_over) and self.reduce_over is not reduce_over:
             raise FusedUpdateError(
                 "backwards of two DistributedDataParallel modules with different process groups "
@@ -316,40 +330,78 @@ class Owner(OpenCalls):
             )
         if reduce_over is not None:
             self.reduce_over = reduce_over
-        self._add_kept(kept)
+        self.kept.append(kept)
+        self._ever_kept, self._settled = True, False
+        if self.param.is_cuda:
+            self._kept_invalid.add(kept.wrong.to(torch.int32))
         self._kept_of = self.param._version, self.param.dtype
         self._replaced_by = None
 
-    def _add_kept(self, kept: Kept) -> None:
-        self.kept.append(kept)
-        if self.param.is_cuda:
-            self._kept_invalid.add(kept.wrong.to(torch.int32))
-
     def forget_kept(self) -> None:
         """Drop what backwards kept: the gradient is zeroed."""
-        self.kept = []
-        self.reduce_over = None
+        self.kept, self._dense, self._shared = [], [], 0
+        self._settled = False
         self._kept_invalid.clear()
+        self._dense_invalid.clear()
 
     def settle(self) -> None:
         """Before a step: what was kept as one gradient, of all processes and uses of the weight.
 
-        A gradient in `.grad` (another use of the weight) is part of it.
+        A gradient in `.grad` (another use of the weight) is part of it, as it is now: a step that
+        was refused may be tried again.
         """
-        if not self.kept:
-            return
-        self._check_unchanged()
-        if self.param.grad is not None:
-            self._add_kept(keep_dense(self.param.grad))
-        if self.reduce_over is not None:
-            if capturing(self.param.device):
-                raise FusedUpdateError(
-                    f"a CUDA graph is being captured, but the processes that train the head weight "
-                    f"{self.name} tell each other how many rows they have in every step. Leave "
-                    "opt.step() out of the capture, or use one process"
-                )
-            self.kept = gathered(self.kept, self.reduce_over)
+        self._dense = []
+        self._dense_invalid.clear()
+        grad, group = self.param.grad, self.shared_with()
+        try:
+            if self.kept:
+                self._check_unchanged()
+        except FusedUpdateError:
+            self.tell_refusal()
+            raise
+        if grad is not None and (self.kept or group is not None):
+            self._dense = [keep_dense(grad)]
+            if self.param.is_cuda:
+                self._dense_invalid.add(self._dense[0].wrong.to(torch.int32))
+        if group is not None:
+            own = [*self.kept[self._shared :], *self._dense]
+            of_all = gathered(own, group, self.param.detach())
+            self.kept = [*self.kept[: self._shared], *of_all]
+            self._kept_of = self.param._version, self.param.dtype
+            self.in_use |= bool(of_all)
         self.kept = merged(self.kept)
+        self._shared, self._settled = len(self.kept), True
+
+    def tell_refusal(self) -> bool:
+        """Let the other processes' steps raise, as this one's is about to; whether there are any.
+
+        They would wait for this one in `settle`.
+        """
+        group = self.shared_with()
+        if group is not None:
+            gathered([], group, self.param.detach(), failed=True)
+        return group is not None
+
+    def shared_with(self) -> Any:
+        """The process group that is to exchange what its processes kept; None if none is.
+
+        Raises:
+            FusedUpdateError: it is, but a CUDA graph is being captured.
+        """
+        group = self.reduce_over
+        if not self._ever_kept and self.policy().at_step:
+            group = group_of_ignored(self.param)
+        if group is None or self._settled or self.superseded or not dist.is_initialized():
+            return None
+        if dist.get_world_size(group) == 1:
+            return None
+        if capturing(self.param.device):
+            raise FusedUpdateError(
+                f"a CUDA graph is being captured, but the processes that train the head weight "
+                f"{self.name} tell each other how many rows they have in every step. Leave "
+                "opt.step() out of the capture, or use one process"
+            )
+        return group
 
     def _check_unchanged(self) -> None:
         if self._kept_of != (self.param._version, self.param.dtype):
@@ -361,17 +413,17 @@ class Owner(OpenCalls):
 
     def wrong(self) -> Tensor:
         """Whether anything kept is invalid or not finite, as a bool scalar on its device."""
-        return torch.stack([one.wrong for one in self.kept]).any()
+        return torch.stack([one.wrong for one in (*self.kept, *self._dense)]).any()
 
     def kept_is_wrong(self) -> bool:
         """`wrong` for the host, which waits for the backwards only. `settle` comes first."""
         if self.param.is_cuda and self.reduce_over is None:
-            return self._kept_invalid.is_set()
+            return self._kept_invalid.is_set() or self._dense_invalid.is_set()
         return bool(self.wrong())
 
     def squared_norm(self) -> Tensor:
         """The squared norm of the kept gradient, float64. `settle` comes first."""
-        return squared_norm(self.kept, self.param.detach())
+        return squared_norm([*self.kept, *self._dense], self.param.detach())
 
     def apply_kept(self, factor: Any = None, guard: Tensor | None = None) -> None:
         """Update the weight from what was kept, its gradient times `factor`.
@@ -381,14 +433,15 @@ class Owner(OpenCalls):
         """
         if not self.kept:
             return
-        update = for_kept(self.kept, self.next_update())
+        parts = [*self.kept, *self._dense]
+        update = for_kept(parts, self.next_update())
         if guard is not None:
             guard = guard.to(self.param.device) if self.param.is_cuda else None
-        for one in self.kept:
+        for one in parts:
             if factor is not None:
                 one.times_(factor.to(self.param.device))
         with self.applying(guard=guard):
-            apply(self.kept, self.param.detach(), update, guard=guard)
+            apply(parts, self.param.detach(), update, guard=guard)
         self.forget_kept()
 
     def close_step(self) -> None:

@@ -10,6 +10,7 @@ Shapes: N rows, D features, L outputs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -212,10 +213,50 @@ def _copied_target(p: HeadProblem) -> tuple[Tensor | Positives, LossSpec]:
         return Positives(target.rows_M.clone(), target.cols_M.clone(), values_M), loss
     if loss.targets == "dense" and loss.name == BCE and target.device.type == "cpu":
         cols_M, rows_M = target.t().nonzero(as_tuple=True)
-        if 20 * rows_M.numel() < target.numel() * target.element_size():
+        if pairs_are_smaller(rows_M.numel(), target.numel(), target.dtype):
             pairs = dataclasses.replace(loss, targets="pairs")
             return Positives(rows_M, cols_M, target[rows_M, cols_M].to(torch.float32)), pairs
     return target.detach().clone(), loss
+
+
+def pairs_are_smaller(pairs: int, elements: int, dtype: torch.dtype) -> bool:
+    """Whether pairs (two int64 and a float32 each) take less memory than a dense matrix."""
+    return 20 * pairs < elements * dtype.itemsize
+
+
+def with_targets(one: KeptHead, dtype: torch.dtype | None) -> KeptHead:
+    """The same with BCE's targets as a dense matrix of `dtype`, or as pairs (None)."""
+    p, target = one.problem, one.problem.target
+    if dtype is None and not isinstance(target, Positives):
+        cols_M, rows_M = target.t().nonzero(as_tuple=True)
+        target = Positives(rows_M, cols_M, target[rows_M, cols_M].to(torch.float32))
+    elif dtype is not None and isinstance(target, Positives):
+        rows_M, cols_M, values_M = target
+        shape = p.x_ND.shape[0], p.w_LD.shape[0] + 1  # what is to be skipped is in the last column
+        dense = torch.zeros(shape, dtype=dtype, device=rows_M.device)
+        ones = torch.ones_like(cols_M) if values_M is None else values_M
+        target = dense.index_put_((rows_M, cols_M), ones.to(dtype))[:, :-1].contiguous()
+    elif dtype is not None and not isinstance(target, Positives):
+        target = target.to(dtype)
+    loss = dataclasses.replace(p.loss, targets="pairs" if dtype is None else "dense")
+    return dataclasses.replace(one, problem=dataclasses.replace(p, target=target, loss=loss))
+
+
+def in_one_form(kept: Sequence[KeptHead]) -> list[KeptHead]:
+    """Backwards of BCE with the same form of targets, which `keep_head` chooses for each alone."""
+    dense = [one.problem.target for one in kept if isinstance(one.problem.target, Tensor)]
+    if any(one.problem.loss.name != BCE for one in kept) or not 0 < len(dense) < len(kept):
+        return list(kept)
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in dense), torch.float32)
+    pairs = sum(int(t.count_nonzero()) for t in dense)
+    pairs += sum(
+        one.problem.target.rows_M.numel()
+        for one in kept
+        if isinstance(one.problem.target, Positives)
+    )
+    elements = sum(one.problem.x_ND.shape[0] for one in kept) * kept[0].problem.w_LD.shape[0]
+    wanted = None if pairs_are_smaller(pairs, elements, dtype) else dtype
+    return [with_targets(one, wanted) for one in kept]
 
 
 def merged(kept: Sequence[Kept]) -> list[Kept]:

@@ -22,6 +22,7 @@ from elmo_compile.optim import guards, loading, options, state, whole
 from elmo_compile.optim.nothing_fused import nothing_fused
 from elmo_compile.optim.on_device import Graphs, count, rate_of, step_of
 from elmo_compile.optim.ordinary import Gradient, apply_updates, check_updates
+from elmo_compile.optim.sharded import check_sharded, is_sharded
 from elmo_compile.optim.used import Applied, Used
 
 _INNER = {"params", "param_ids", "param_names", "rounding_version"}
@@ -52,6 +53,9 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     # What a rule is
 
+    _row_wise = False
+    """Whether its state is a number a row."""
+
     def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the state tensors, in the order of `Update.state`."""
         raise NotImplementedError
@@ -79,6 +83,7 @@ class HeadOptimizer(torch.optim.Optimizer):
             asked = param_group.get("kahan_rows") is not None  # else it is every group's default
             rows = state.rows_of_group(checked, param_group["params"], asked=asked)
             param_group["kahan_rows"] = rows
+        check_sharded(checked, param_group["params"], row_wise=self._row_wise)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["param_ids"] = [self._id_of(param) for param in group["params"]]
@@ -137,12 +142,9 @@ class HeadOptimizer(torch.optim.Optimizer):
         self._check_groups()
         with torch.no_grad():
             try:
-                for owner in self._owners:
-                    owner.check_step()
-                    self._used.check(owner, self._find(owner.param).group)
-                self._applied.check()
-                heads = [owner for owner in self._owners if owner.pending or owner.kept]
+                self._check_step()
                 gradients = whole.Gradients(self._members(), self._owners)
+                heads = [owner for owner in self._owners if owner.pending or owner.kept]
                 if captured:
                     wrong = gradients.wrong_on_device(self._owners)
                 else:
@@ -164,6 +166,17 @@ class HeadOptimizer(torch.optim.Optimizer):
         self._used.forget()
         self._warn_if_nothing_fused()
         return loss
+
+    def _check_step(self) -> None:
+        """Raise as `step` where it must not be made, in all processes that train a head."""
+        try:
+            for owner in self._owners:
+                owner.check_step()
+                self._used.check(owner, self._find(owner.param).group)
+            self._applied.check()
+        except (FusedUpdateError, InputError):
+            any(owner.tell_refusal() for owner in self._owners)  # the first exchange is enough
+            raise
 
     def _apply(self, factors: dict[int, Tensor], guard: Tensor | None = None) -> None:
         """Update everything; gradients of a group are multiplied by its factor.
@@ -309,8 +322,9 @@ class HeadOptimizer(torch.optim.Optimizer):
         """torch.optim has loaded a state."""
         self._restore_state(state_dict)
         for owner in self._owners:
+            if owner.inconsistent:
+                owner.forget_kept()  # else gradients stay, as torch's do
             owner.inconsistent = owner.pending = False
-            owner.forget_kept()
         self._used.forget()
         self._applied.forget()
 
@@ -355,7 +369,7 @@ class HeadOptimizer(torch.optim.Optimizer):
             guards.install()
             names = group.get("param_names") or []
             for index, (param, param_id) in enumerate(zip(group["params"], group["param_ids"])):
-                if param.dim() == 2:
+                if param.dim() == 2 and not is_sharded(param):
                     known_name = names[index : index + 1]
                     name = known_name[0] if known_name else f"#{param_id} {tuple(param.shape)}"
                     known = owned.pop(id(param), None) if id(param) in owned else None

@@ -103,14 +103,16 @@ def _wrap_unscale() -> None:
     ) -> dict[torch.device, Tensor]:
         found = original(scaler, optimizer, inv_scale, found_inf, allow_fp16)
         for owner in getattr(optimizer, "_owners", ()):
-            if owner.kept:
+            group = owner.shared_with()
+            if owner.kept or group is not None:
                 device = owner.param.device
                 flag = found.setdefault(device, found_inf.to(device, copy=True))
-                flags = [each.to(flag) for each in (*found.values(), owner.wrong())]
+                wrong = [owner.wrong()] if owner.kept else []
+                flags = [each.to(flag) for each in (*found.values(), *wrong)]
                 flag.copy_(torch.stack(flags).amax())
-                if owner.reduce_over is not None:
+                if group is not None:
                     # All processes skip a step, or none: a step gathers what they kept.
-                    flag.copy_(largest(flag, owner.reduce_over))
+                    flag.copy_(largest(flag, group))
                 for one in owner.kept:
                     one.times_(inv_scale.to(device))
         return found

@@ -18,6 +18,7 @@ from elmo_compile.errors import OptionError
 from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.rows import update_matrices, update_some_rows
+from elmo_compile.optim.sharded import Shard, is_sharded
 
 
 class Gradient(NamedTuple):
@@ -43,16 +44,22 @@ def apply_updates(items: Iterable[Gradient], guard: Tensor | None = None) -> Non
     Args:
         guard: None, or one int32 on the device (CUDA): not zero leaves everything as it is.
     """
-    matrices = []
+    matrices, shards = [], []
     for item in items:
         if item.grad.is_sparse:
             _update_rows(item)
-        else:
-            matrices.append(_Matrix(*item[:3]))
-            matrices[-1].factor = item.factor
+            continue
+        parts: Any = item[:3]
+        if is_sharded(item.param):
+            shards.append(Shard(*parts))
+            parts = shards[-1].param, shards[-1].grad, shards[-1].update
+        matrices.append(_Matrix(*parts))
+        matrices[-1].factor = item.factor
     update_matrices([(m.w_RD, m.grad_RD, m.update, m.factor) for m in matrices], guard)
     for matrix in matrices:
         matrix.write_back()
+    for shard in shards:
+        shard.write_back()
 
 
 def _update_rows(item: Gradient) -> None:

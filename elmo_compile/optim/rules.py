@@ -13,6 +13,7 @@ from torch import Tensor
 from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Rounding
 from elmo_compile.optim.base import HeadOptimizer
+from elmo_compile.optim.sharded import is_sharded, row_sums
 
 Accumulate = Literal["error", "stash", "step_each", "materialize"]
 
@@ -272,6 +273,8 @@ class Adagrad(HeadOptimizer):
     ) -> None:
         super().__init__(params, _defaults(locals()))
 
+    _row_wise = True
+
     def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("sum",)
 
@@ -284,6 +287,8 @@ class Adagrad(HeadOptimizer):
 
     def _slot(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
         held = self.state[param]
+        if name not in held and is_sharded(param):
+            held[name] = row_sums(param)
         if name not in held:
             values = torch.view_as_real(param) if param.is_complex() else param
             columns = values.shape[-1] if values.dim() > 1 else 1

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elmo_compile.errors import InputError
 from elmo_compile.ops.owners import Owner
+from elmo_compile.optim.sharded import agreed, is_sharded, values_of
 
 Member = tuple[dict[str, Any], Tensor, int]
 _TINY = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -23,9 +24,10 @@ class Gradients:
     """The gradients of one step: tensors, and those that fused heads kept."""
 
     def __init__(self, members: Sequence[Member], owners: Iterable[Owner]) -> None:
+        owners = list(owners)
+        for owner in owners:
+            owner.settle()  # may bring what other processes kept
         by_param = {id(owner.param): owner for owner in owners if owner.kept}
-        for owner in by_param.values():
-            owner.settle()
         self.kept = [(group, by_param[id(p)]) for group, p, _ in members if id(p) in by_param]
         self.dense = [
             (group, p.grad)
@@ -68,6 +70,7 @@ class Gradients:
                     )
                 skips = True
         skips = skips or any(bool(flag) for flag in self._dense_not_finite())
+        skips = agreed(skips, [g for group, g in self.dense if group["nonfinite"] == "skip"])
         if not skips:
             for max_norm, norm in self._norms_of_heads().items():
                 skips |= not bool(torch.isfinite(norm)) and self._skips_for(max_norm)
@@ -96,7 +99,7 @@ class Gradients:
         for group, grad in self.dense:
             if group["nonfinite"] != "skip":
                 continue
-            values = _real_values(grad)
+            values = _real_values(values_of(grad))
             if values.dtype.itemsize == 1:
                 values = values.float()
             if values.numel():
@@ -136,8 +139,9 @@ class Gradients:
 def _square(grad: Tensor) -> Tensor:
     """The squared 2-norm of a gradient, float64."""
     values = _real_values(grad)
-    found: Tensor = torch.linalg.vector_norm(values.to(_wide(values)), dtype=torch.float64)
-    return found.square()
+    found: Any = torch.linalg.vector_norm(values.to(_wide(values)), dtype=torch.float64)
+    norm: Tensor = found.full_tensor() if is_sharded(found) else found
+    return norm.square()
 
 
 def _real_values(grad: Tensor) -> Tensor:

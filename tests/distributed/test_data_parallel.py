@@ -29,17 +29,28 @@ def test_what_would_let_processes_differ_is_refused(how: str, tmp_path: Path) ->
     run(tmp_path, 2, "ce", "float32", "outside", how)
 
 
+@pytest.mark.parametrize("cases", ["dense+unlike", "unused+scaled+refused+join"])
+def test_processes_that_do_not_do_the_same(cases: str, tmp_path: Path) -> None:
+    """What each is about is said in uneven_ranks.py."""
+    run(tmp_path, 2, cases, script=SCRIPT.with_name("uneven_ranks.py"))
+
+
+def test_sharded_parameters(tmp_path: Path) -> None:
+    """DTensors, as FSDP2 has them: sharded_ranks.py."""
+    run(tmp_path, 2, script=SCRIPT.with_name("sharded_ranks.py"))
+
+
 def trained(folder: Path, world: int, *case: str) -> list[dict[str, torch.Tensor]]:
     """The weights of every process after a run."""
     run(folder, world, *case)
     return [torch.load(folder / f"weights{rank}.pt") for rank in range(world)]
 
 
-def run(folder: Path, world: int, *case: str) -> None:
+def run(folder: Path, world: int, *case: str, script: Path = SCRIPT) -> None:
     """Run every process of a case."""
     running = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(world), str(folder), *case],
+            [sys.executable, str(script), str(rank), str(world), str(folder), *case],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(world)

@@ -25,7 +25,7 @@ from training import (
 )
 
 import elmo_compile as elmo
-from elmo_compile.errors import FusedUpdateError, InputError
+from elmo_compile.errors import FusedUpdateError, InputError, OptionError
 
 STEP = {"update_at": "step"}
 
@@ -276,6 +276,36 @@ def test_another_use_of_the_weight_is_added(max_norm: float | None) -> None:
     assert_same(model, twin)
 
 
+@pytest.mark.parametrize("clipped", [False, True])
+def test_a_refused_step_may_be_tried_again(clipped: bool) -> None:
+    """What is in .grad counts once, as it is at the try that succeeds."""
+    model = net()
+    model.embed = nn.Embedding(LABELS, 5, sparse=True)
+    twin = copy.deepcopy(model)
+    step, opt = owned(model, weight_decay=0.1)
+    other = torch.optim.SGD(twin.parameters(), 0.5)
+    for run, m in ((step, model), (twin, twin)):
+        inputs, labels = batch()
+        penalty = 0.1 * m.head.weight.square().sum()
+        (run(inputs, labels) + m.embed(labels).sum() + penalty).backward()
+    with pytest.raises(OptionError, match="sparse gradient"):
+        opt.step()
+    opt.param_groups[0]["weight_decay"] = 0.0
+    if clipped:
+        for m in (model, twin):
+            m.head.weight.grad.mul_(0.5)
+        twin.head.weight.grad.add_(_fused_part(twin), alpha=0.5)
+    opt.step()
+    other.step()
+    assert_same(model, twin)
+
+
+def _fused_part(model: nn.Module) -> Tensor:
+    """The gradient of the loss alone, of batch 0."""
+    (found,) = torch.autograd.grad(model(*batch()), [model.head.weight])
+    return found
+
+
 def test_two_losses_of_one_head_in_one_backward() -> None:
     model = net()
     twin = copy.deepcopy(model)
@@ -385,6 +415,25 @@ def test_a_weight_changed_between_backward_and_step(change: str) -> None:
     opt.zero_grad()
     if change != "dtype":
         train(step, opt, 1)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_loading_the_optimizer_leaves_gradients(weights: bool) -> None:
+    """As torch's does; of weights that were loaded, too, the head's is no gradient any more."""
+    model = net()
+    want = reference(model, 1)
+    step, opt = owned(model)
+    step(*batch(0)).backward()
+    if weights:
+        model.load_state_dict(model.state_dict())
+    opt.load_state_dict(opt.state_dict())
+    if weights:
+        with pytest.raises(FusedUpdateError, match=r"changed between backward\(\) and opt\.step"):
+            opt.step()
+        opt.zero_grad()
+        step(*batch(0)).backward()
+    opt.step()
+    assert_same(model, want)
 
 
 class Encoded(nn.Module):
