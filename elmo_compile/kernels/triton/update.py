@@ -78,6 +78,7 @@ def _update_tile(
             c = compensate(w, s, widen(new), LARGEST, HALF)
             tl.store(c_ptr + base + offsets, stored_compensation(c, c_words, E5M2), mask)
         else:
+            new = rounded(w + u, words, TYPE, STOCHASTIC)
             slot = tl.load(slot_ptr + at, mask=row_mask, other=-1).to(tl.int64)
             kept = (slot >= 0)[:, None] & mask
             places = slot[:, None] * D + columns[None, :]
@@ -85,7 +86,7 @@ def _update_tile(
             exact = rounded(w + s, words, TYPE, False)
             c = compensate(w, s, widen(exact), LARGEST, HALF)
             tl.store(c_ptr + places, stored_compensation(c, c_words, E5M2), kept)
-            new = tl.where(kept, exact, rounded(w + u, words, TYPE, STOCHASTIC))
+            new = tl.where(kept, exact, new)
     tl.store(w_ptr + base + offsets, new, mask)
     if first_ptr is not None:
         if ECO:
