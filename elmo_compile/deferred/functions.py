@@ -89,10 +89,7 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                     value._state.overwrite()
         return found
     if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
-        with torch._C.DisableTorchFunctionSubclass():
-            data: Deferred = func(*args)
-        data.apart = True
-        return data
+        return args[0].take_data()
     if func is torch.autograd.grad:
         return gradient(*args, **kwargs)
     if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]

@@ -83,7 +83,9 @@ class State:
             return self._values
         if why and not self.available:
             self._count(why if isinstance(why, str) else why())
-        with torch.inference_mode(self._inference), torch.no_grad():
+        same = torch.is_inference_mode_enabled() == self._inference
+        mode = contextlib.nullcontext() if same else torch.inference_mode(self._inference)
+        with mode, torch.no_grad():  # Values made in inference mode are of no use outside of it.
             made = self._make()
         if not self.in_graph or capturing(made.device):
             self._values = made

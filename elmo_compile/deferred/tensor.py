@@ -60,6 +60,14 @@ class Deferred(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return self.view(self.shape)
 
+    def take_data(self) -> Deferred:
+        """`logits.data`: the same values, whose writes torch counts apart."""
+        with torch._C.DisableTorchFunctionSubclass():
+            data: Any = self.data
+        data.apart = True
+        taken: Deferred = data
+        return taken
+
     def replace_values(self, values: Tensor) -> None:
         """`logits.data = values`. Raises RuntimeError if they are of another shape or dtype."""
         if values.shape != self.shape or values.dtype != self.dtype:
