@@ -216,6 +216,22 @@ def check(use: Use) -> None:
             torch.testing.assert_close(my_grad, their_grad, rtol=1e-4, atol=1e-6)
 
 
+@torch.library.custom_op("elmo_test::double_rows", mutates_args={"z"})
+def double_rows(z: Tensor) -> Tensor:
+    """An operation that writes into its argument and returns something else."""
+    z.mul_(2)
+    return z.sum(-1)
+
+
+def test_an_operation_that_writes_and_returns_something_else() -> None:
+    def use(z: Tensor, y: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            sums = double_rows(z[1:])
+        return [sums, F.cross_entropy(z, y)]
+
+    check(use)
+
+
 @pytest.mark.parametrize("write_late", [False, True])
 def test_a_copy_taken_before_a_write_outlives_an_update(write_late: bool) -> None:
     found = []
