@@ -21,7 +21,7 @@ from elmo_compile.config import Options
 from elmo_compile.deferred import Origin
 from elmo_compile.deferred.loss import defer_loss
 from elmo_compile.deferred.made import Made
-from elmo_compile.deferred.tensor import defer
+from elmo_compile.deferred.nodes import defer
 from elmo_compile.lowering import lower, lower_later
 from elmo_compile.ops.data_parallel import hooked, wrapper_of
 from elmo_compile.ops.exclusion import is_excluded

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from elmo_compile.deferred.gradient import backward, gradient
+from elmo_compile.deferred.nodes import derive
 from elmo_compile.deferred.origin import FAKES, fake
-from elmo_compile.deferred.state import Derived, Root, State
+from elmo_compile.deferred.state import Root, State
 from elmo_compile.deferred.step import Step, as_argument
-from elmo_compile.deferred.tensor import Deferred, derive
+from elmo_compile.deferred.tensor import Deferred
 from elmo_compile.ops.data_parallel import inside
 from elmo_compile.ops.kept import KEPT, Tops, collecting
 from elmo_compile.ops.owners import owner_of
@@ -60,11 +61,13 @@ TOPS = _methods("argmax", "topk", "max")
 
 STORAGES = _methods("untyped_storage", "storage")
 
-READS = _methods(
-    "numpy", "tolist", "data_ptr", "__deepcopy__", "__reduce_ex__",
-    "__dlpack__", "__dlpack_device__", "__array__", "__format__", "share_memory_",
-    "is_shared", "pin_memory", "is_set_to",
-) | STORAGES  # fmt: skip
+SHARES = STORAGES | _methods("numpy", "data_ptr", "__dlpack__", "__array__", "share_memory_")
+"""Hand out memory that may be written to where torch does not count it."""
+
+READS = SHARES | _methods(
+    "tolist", "__deepcopy__", "__reduce_ex__", "__dlpack_device__", "__format__", "is_shared",
+    "pin_memory", "is_set_to",
+)  # fmt: skip
 """Python's ways around the dispatcher: they are given an ordinary tensor."""
 
 
@@ -79,7 +82,14 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return NotImplemented  # Dynamo of torch 2.11 tells tensors apart by their storages.
     if func in READS:
         plain = pytree.tree_map_only(Deferred, Deferred.materialize, (args, kwargs))
-        return func(*plain[0], **plain[1])
+        found = func(*plain[0], **plain[1])
+        if func in SHARES:
+            for value in pytree.tree_leaves((args, kwargs)):
+                if isinstance(value, Deferred):
+                    value._state.overwrite()
+        return found
+    if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+        return args[0].take_data()
     if func is torch.autograd.grad:
         return gradient(*args, **kwargs)
     if func is torch.autograd.backward:
@@ -93,10 +103,6 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if logits is None:
         return NotImplemented
     state = logits._state
-    view = state if isinstance(state, Derived) and state.is_view and not logits.written else None
-    if view is not None and (_writes(func) or view.source_changed):
-        logits.become_view()
-        return func(*args, **kwargs)
     if named.get("out") is not None:
         return NotImplemented
     if func in WATCHES:
@@ -141,13 +147,6 @@ def _logits_first(
     if not isinstance(first, Deferred) or any(isinstance(other, Deferred) for other in others):
         return None, (), {}
     return first, rest, named
-
-
-def _writes(func: Any) -> bool:
-    """Whether a method writes into its first argument, by torch's naming."""
-    name = getattr(func, "__name__", "")
-    in_place = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
-    return name == "__setitem__" or in_place or (name.endswith("_") and not name.endswith("__"))
 
 
 def _stays(func: Any, rest: tuple[Any, ...], named: dict[str, Any], logits: Deferred) -> bool:
@@ -226,7 +225,7 @@ def _root(state: State) -> Root:
 def _answer(name: str, found: tuple[Tensor, ...], k: int, keepdim: bool) -> Any:
     first, values, indices = found
     if name == "argmax":
-        return first.unsqueeze(-1) if keepdim else first.clone()
+        return first.clone().unsqueeze(-1) if keepdim else first.clone()
     if name == "topk":
         return torch.return_types.topk((values[..., :k].clone(), indices[..., :k].clone()))
     value, index = values[..., :1], first.unsqueeze(-1)

@@ -106,7 +106,7 @@ def _with_losses(
     for loss, steps in logits.losses:
         upstream = by_loss[id(loss)]
         if upstream is not None:
-            part = _through(logits._state.real(), steps, upstream)
+            part = _through(logits.values_at_first(), steps, upstream)
             total = part if total is None else total + part
     return total
 

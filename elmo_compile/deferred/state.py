@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +30,11 @@ class State:
         self.fake = fake
         """Shape, strides and dtype."""
         self._values: Tensor | None = None
+        self._inference = torch.is_inference_mode_enabled()
+        self.overwritten = False
+        """Whether the values were written to, or handed to someone who may."""
+        self.copies: weakref.WeakSet[Derived] = weakref.WeakSet()
+        """What is made from the values, or from views of them, as they were at first."""
         self.in_graph = capturing(fake.device)
         """Made while a CUDA graph was captured: what is computed then its replays compute again;
         what is computed later is not kept, since they change what it was computed from."""
@@ -37,6 +44,24 @@ class State:
         """Whether this was made before the CUDA graph that is being captured: what were computed
         now, its replays would compute."""
         return not self.in_graph and capturing(self.fake.device)
+
+    @property
+    def memory(self) -> State:
+        """The state whose values these are a view of, or this one."""
+        return self
+
+    @property
+    def large(self) -> bool:
+        """Whether these values are too many to be kept whole."""
+        root, _ = self.recipe()
+        size = self.fake.numel() * self.fake.element_size()
+        return isinstance(root, Root) and size > root.origin.keeps_whole
+
+    def overwrite(self) -> None:
+        """The values are about to be written to, or their memory was handed out: the recipe does
+        not stand for them any more. Small copies that are still to be made are made now."""
+        _keep(self.memory.copies)
+        self.memory.overwritten = True
 
     @property
     def values(self) -> Tensor | None:
@@ -58,7 +83,9 @@ class State:
             return self._values
         if why and not self.available:
             self._count(why if isinstance(why, str) else why())
-        with torch.no_grad():
+        same = torch.is_inference_mode_enabled() == self._inference
+        mode = contextlib.nullcontext() if same else torch.inference_mode(self._inference)
+        with mode, torch.no_grad():  # Values made in inference mode are of no use outside of it.
             made = self._make()
         if not self.in_graph or capturing(made.device):
             self._values = made
@@ -171,18 +198,13 @@ class Root(State):
         indices = indices.reshape(*rows, -1)
         return indices[..., 0], values, indices
 
-    @property
-    def large(self) -> bool:
-        """Whether these logits are too many to be kept whole."""
-        return self.fake.numel() * self.fake.element_size() > self.origin.keeps_whole
-
     def before_change(self) -> None:
         """Keep what can be kept: the values where they are small, else the top of each row."""
-        if self.outlives_capture:
+        if self.outlives_capture or self.stale:
             return
-        if self._values is not None or self.stale:
-            return
-        if not self.large:
+        if self._values is not None:
+            _keep(copy for copy in self.copies if copy.source_changed)
+        elif not self.large:
             self.real()
         else:
             self.top()
@@ -197,17 +219,19 @@ class Derived(State):
     def __init__(self, source: Tensor, state: State, step: Step, made: Tensor) -> None:
         super().__init__(made)
         self.source = source
-        """The deferred tensor the step is applied to; an ordinary one once it was written as a
-        view."""
+        """The deferred tensor the step is applied to."""
         self.parent, self.step = state, step
+        if not self.is_view:
+            state.memory.copies.add(self)
+
+    @property
+    def memory(self) -> State:
+        return self.parent.memory if self.is_view else self
 
     @property
     def source_changed(self) -> bool:
-        """Whether someone wrote into what the step is applied to, or into what that is made of."""
-        if getattr(self.source, "written", True):
-            return True
-        behind = getattr(self.source, "_state", None)
-        return isinstance(behind, Derived) and behind.source_changed
+        """Whether someone wrote into what the step is applied to."""
+        return bool(self.source.written)  # type: ignore[attr-defined]
 
     @property
     def available(self) -> bool:
@@ -218,8 +242,8 @@ class Derived(State):
         return root, [*steps, self.step]
 
     def before(self) -> Tensor:
-        """What the step was applied to, as it was then."""
-        if self.source_changed:
+        """What the step is applied to: of a copy, as it was then."""
+        if not self.is_view and self.source_changed:
             root, steps = self.parent.recipe()
             return root.remake(steps)
         return self.parent.real()
@@ -263,6 +287,14 @@ class Given(State):
     def __init__(self, values: Tensor) -> None:
         super().__init__(values)
         self._values = values
+
+
+def _keep(copies: Iterable[Derived]) -> None:
+    """Make the small ones, unless it is too late already: they say so when they are read."""
+    for copy in list(copies):
+        if not copy.large:
+            with contextlib.suppress(StaleLogitsError):
+                copy.real()
 
 
 def version(value: Any) -> int:

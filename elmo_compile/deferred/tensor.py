@@ -9,28 +9,27 @@ subclass and asks for the values (tried on torch 2.11 and 2.13).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from elmo_compile.deferred.made import COMPILED, EXCLUDED, read_by
-from elmo_compile.deferred.origin import FAKES, Origin, fake
+from elmo_compile.deferred.made import COMPILED, read_by
+from elmo_compile.deferred.origin import FAKES
 from elmo_compile.deferred.state import Derived, Given, Root, State, version
 from elmo_compile.deferred.step import Step
-from elmo_compile.errors import FusedUpdateError
-from elmo_compile.ops.exclusion import is_excluded
-from elmo_compile.ops.linear import carry
 
 
 class Deferred(Tensor):
     """Logits that are computed when their values are needed."""
 
     _state: State
-    losses: list[tuple[Tensor, list[Step]]]
-    """What was streamed from this very tensor, and the steps from here to each result."""
+    _streamed: list[tuple[Tensor, list[Step], Any]]
+    """Results that were streamed, the steps to each, and the autograd node at that time."""
+    apart = False
+    """Whether writes into views of this tensor are counted for it alone, as for `logits.data`."""
     watched = False
     """Whether someone asked for the gradient of these logits."""
     _entered: Any = None
@@ -42,11 +41,11 @@ class Deferred(Tensor):
             cls,
             state.fake.shape,
             strides=state.fake.stride(),
-            storage_offset=0,
+            storage_offset=state.fake.storage_offset(),
             dtype=state.fake.dtype,
             device=state.fake.device,
         )
-        made._state, made.losses = state, []
+        made._state, made._streamed = state, []
         found: Deferred = made
         return found
 
@@ -61,6 +60,14 @@ class Deferred(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return self.view(self.shape)
 
+    def take_data(self) -> Deferred:
+        """`logits.data`: the same values, whose writes torch counts apart."""
+        with torch._C.DisableTorchFunctionSubclass():
+            data: Any = self.data
+        data.apart = True
+        taken: Deferred = data
+        return taken
+
     def replace_values(self, values: Tensor) -> None:
         """`logits.data = values`. Raises RuntimeError if they are of another shape or dtype."""
         if values.shape != self.shape or values.dtype != self.dtype:
@@ -68,18 +75,9 @@ class Deferred(Tensor):
                 f"deferred logits of shape {tuple(self.shape)} and {self.dtype} cannot take data "
                 f"of shape {tuple(values.shape)} and {values.dtype}; call .materialize() first"
             )
+        if isinstance(values, Deferred):
+            values = values.materialize()
         self._state = Given(values.detach())
-
-    def become_view(self) -> None:
-        """Turn a deferred view into the view itself: a write into it must reach what it views."""
-        state = self._state
-        if not isinstance(state, Derived) or not state.is_view:
-            return
-        if isinstance(state.source, Deferred):
-            state.source.become_view()
-        with torch._C.DisableTorchFunctionSubclass():
-            view = state.step(state.source)
-        torch.utils.swap_tensors(self, view)  # type: ignore[no-untyped-call]
 
     def attach(self) -> None:
         """Their gradient goes to the recipe's inputs: by the node that they come out of now."""
@@ -100,11 +98,12 @@ class Deferred(Tensor):
     def written(self) -> bool:
         """Whether someone wrote into the logits, or into a view of them: torch counts it here,
         but in inference mode, where whoever made the values may have."""
-        if isinstance(self._state, Given):
+        memory = self._state.memory
+        if memory.overwritten or isinstance(memory, Given):
             return True
         with torch._C.DisableTorchFunctionSubclass():
             if self.is_inference():
-                return self._state.values is not None
+                return memory.values is not None
             return bool(version(self))
 
     @property
@@ -120,9 +119,20 @@ class Deferred(Tensor):
         source = state.source if isinstance(state, Derived) else None
         return self.watched or (isinstance(source, Deferred) and source.asked_for)
 
+    @property
+    def losses(self) -> list[tuple[Tensor, list[Step]]]:
+        """What was streamed from this tensor since it last became another node's result, and the
+        steps from here to each result."""
+        return [(loss, steps) for loss, steps, node in self._streamed if node is self._node]
+
+    def values_at_first(self) -> Tensor:
+        """The values that losses were streamed from."""
+        root, steps = self._state.recipe()
+        return root.remake(steps) if self.written else self._state.real()
+
     def remember(self, loss: Tensor, *steps: Step) -> None:
         """Note a result that was streamed, for `torch.autograd.grad(loss, logits)`."""
-        self.losses.append((loss, list(steps)))
+        self._streamed.append((loss, list(steps), self._node))
         state = self._state
         if isinstance(state, Derived) and isinstance(state.source, Deferred):
             state.source.remember(loss, state.step, *steps)
@@ -168,6 +178,10 @@ class Deferred(Tensor):
             self.retain_grad()
             self.grad = functools.reduce(torch.add, found).contiguous() if found else None
 
+    def _is_view(self) -> bool:
+        """Dynamo asks: it is to flatten a view by itself, where it would repeat it on its base."""
+        return False
+
     @property
     def elmo_values(self) -> Tensor:
         """What `__tensor_flatten__` names."""
@@ -201,26 +215,57 @@ class Deferred(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
-            return Deferred(args[0]._state)
+            return _beside(args[0], args[0]._state)
         if func in _SHAPED and isinstance(args[0], Deferred):
             # Only the shape is read.
             size = args[0]._state.fake
             shaped = torch.zeros((), dtype=size.dtype, device=args[0].device).expand(size.shape)
-            return func(shaped, *args[1:], **(kwargs or {}))
+            return func(shaped, *args[1:], **kwargs)
+        if func.is_view and _local.deferring:
+            return _view(args[0], Step(func, args[1:], kwargs))
+        if torch.Tag.inplace_view in func.tags and func is not torch.ops.aten.detach_.default:
+            name = func.overloadpacket.__name__
+            raise RuntimeError(
+                f"elmo_compile: deferred logits cannot change their shape in place (`{name}`); "
+                f"call `{name.rstrip('_')}`, which returns the result, or .materialize() first"
+            )
         why = functools.partial(read_by, func.overloadpacket.__name__)
         plain_args, plain_kwargs = pytree.tree_map_only(
-            Deferred, lambda d: d._state.real(why), (args, kwargs or {})
+            Deferred, lambda d: d._state.real(why), (args, kwargs)
         )
+        written = _written(func, args, kwargs)
+        if func.is_view and args[0].apart:
+            args[0]._state.overwrite()
+        for logits in written:
+            logits._state.overwrite()
         result = func(*plain_args, **plain_kwargs)
-        writes = func._schema.arguments[:1] and func._schema.arguments[0].alias_info
-        if writes and writes.is_write and isinstance(args[0], Deferred):
-            return args[0]
-        return result
+        returns = func._schema.returns
+        # An operation may also return something else than what it wrote into.
+        same = len(returns) == 1 and returns[0].alias_info is not None
+        return written[0] if written and same else result
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Deferred]:
+    """The deferred tensors that an operation writes into, by its schema."""
+    found: list[Any] = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += pytree.tree_leaves(args[i] if i < len(args) else kwargs.get(argument.name))
+    return [value for value in found if isinstance(value, Deferred)]
+
+
+class _Local(threading.local):
+    deferring = False
+    """Whether views are to be deferred tensors themselves: `autograd_view` is making one."""
+
+
+_local = _Local()
 
 
 @functools.cache
-def _keep_from_dynamo() -> None:
+def keep_from_dynamo() -> None:
     """Let Dynamo trace through `__torch_function__`, but not compile it as a function of its own
     where a graph broke before: there it would be compiling, and what it does then is not what it
     is to do when it runs. Tried on torch 2.11, 2.13 and 2.15."""
@@ -237,139 +282,27 @@ _SHAPED = frozenset(
 )  # fmt: skip
 
 
-class Defer(torch.autograd.Function):
-    """Root deferred logits as a function of a recipe's inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, root: Root, *inputs: Any) -> Tensor:
-        ctx.origin = root.origin
-        ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in inputs))
-        ctx.others = [None if isinstance(v, Tensor) else v for v in inputs]
-        return Deferred(root)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        inputs = [o if t is None else t for t, o in zip(_unchanged(ctx), ctx.others)]
-        wanted = ctx.needs_input_grad[1:]
-        return (None, *_gradients(ctx.origin.make, inputs, wanted, grads[0]))
-
-
-def _unchanged(ctx: Any) -> tuple[Tensor | None, ...]:
-    """What was saved. Raises FusedUpdateError if it has been written to since."""
+def autograd_view(logits: Deferred, step: Step) -> Deferred:
+    """A view as autograd makes it: writes into it, and into what it views, reach the other."""
+    _local.deferring = True
     try:
-        saved: tuple[Tensor | None, ...] = ctx.saved_tensors
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        raise FusedUpdateError(
-            "a backward reached the values of deferred logits whose weight or features changed "
-            "since the forward. Under elmo_compile.optim it was a loss of the same logits that "
-            "updated the head's weight first: compile the two together (compile the function that "
-            "computes their sum), or construct the optimizer with update_at='step'"
-        ) from error
-    return saved
+        with torch._C.DisableTorchFunctionSubclass():
+            made: Deferred = step(logits)
+    finally:
+        _local.deferring = False
+    return made
 
 
-class Derive(torch.autograd.Function):
-    """A step after deferred logits."""
-
-    @staticmethod
-    def forward(ctx: Any, state: Derived, logits: Tensor) -> Tensor:
-        ctx.state = state
-        return Deferred(state)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        state: Derived = ctx.state
-
-        def step(inputs: list[Tensor]) -> Tensor:
-            made: Tensor = state.step(inputs[0])
-            return made
-
-        before = _before_in_graph(state) if torch.is_grad_enabled() else state.before()
-        return (None, *_gradients(step, [before], [True], grads[0]))
+def _view(logits: Deferred, step: Step) -> Deferred:
+    """What the dispatcher returns for one view."""
+    with FAKES:
+        made = step(logits._state.fake)
+    return _beside(logits, Derived(logits, logits._state, step, made))
 
 
-def _before_in_graph(state: Derived) -> Tensor:
-    """What a step was applied to, with its gradient: the step is differentiated twice."""
-    if state.source_changed or not isinstance(state.source, Deferred):
-        raise RuntimeError(
-            "elmo_compile: a backward with create_graph=True reached deferred logits that were "
-            "written to since; call logits.materialize() before the write"
-        )
-    return state.source.materialize()
-
-
-def _gradients(make: Any, inputs: Sequence[Any], wanted: Sequence[bool], grad: Tensor) -> list[Any]:
-    """Gradients of a recomputed tensor with respect to those of its inputs that want one.
-
-    Under `create_graph` they are functions of the inputs themselves, as autograd's own are.
-    """
-    again = torch.is_grad_enabled()
-
-    def leaf(value: Any, wants: bool) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.view_as(value) if again and wants else value.detach().requires_grad_(wants)
-
-    leaves = [leaf(value, wants) for value, wants in zip(inputs, wanted)]
-    with torch.enable_grad():
-        made = make(leaves)
-    asked = [leaf for leaf, wants in zip(leaves, wanted) if wants]
-    found = iter(torch.autograd.grad(made, asked, grad, allow_unused=True, create_graph=again))
-    return [next(found) if wants else None for wants in wanted]
-
-
-def defer(
-    origin: Origin, inputs: Sequence[Any], results: Sequence[Any], collected: Any = None
-) -> Tensor:
-    """The deferred logits of one call of a graph.
-
-    Args:
-        origin: the recipe.
-        inputs: the graph's inputs, as it was called.
-        results: its results, with what the recipe reads behind them.
-        collected: `TopRows` of the loss pass over these logits, if it made them.
-    """
-    _keep_from_dynamo()
-    grad = origin.output.requires_grad and torch.is_grad_enabled()
-    sources = origin.output.sources
-    carried = {position for kind, position in sources if kind == "carrier"}
-    values, entering, carriers = [], [], []
-    for kind, position in sources:
-        value = results[position] if kind == "output" else inputs[position]
-        if kind == "carrier":
-            carriers.append(carry(value) if grad and value.requires_grad else None)
-            continue
-        values.append(value)
-        leaves_by_carrier = kind == "input" and position in carried
-        entering.append(value.detach() if leaves_by_carrier else value)
-    root = Root(origin, values, collected)
-    origin.large = root.large
-    with torch.set_grad_enabled(grad):
-        made: Deferred = Defer.apply(root, *entering, *carriers)  # type: ignore[no-untyped-call]
-    made.attach()
-    excluded = any(isinstance(v, torch.nn.Parameter) and is_excluded(v) for v in values)
-    if not excluded:
-        return made
-    root.real(EXCLUDED)
-    return made.materialize()
-
-
-def derive(logits: Deferred, step: Step) -> Tensor | None:
-    """`step` of deferred logits as deferred logits; None if it is not one tensor of known shape."""
-    state = logits._state
-    try:
-        with FAKES, torch.no_grad():
-            made = step(state.fake, [fake(tensor) for tensor in step.tensors])
-    except Exception:  # Whatever it is, the operation itself raises it better.
-        return None
-    if not isinstance(made, Tensor):
-        return None
-    if made is logits._state.fake:
-        return logits  # As torch does: a cast to the dtype it has is the tensor itself.
-    state = Derived(logits, logits._state, step.frozen(), made)
-    derived: Deferred = Derive.apply(state, logits)  # type: ignore[no-untyped-call]
-    if logits.attached:
-        derived.attach()
-    return derived
+def _beside(logits: Deferred, state: State) -> Deferred:
+    """A tensor that shares the version counter of `logits`: it has one where they do."""
+    with torch.inference_mode(logits.is_inference()):
+        made = Deferred(state)
+    made.apart = logits.apart
+    return made
