@@ -114,7 +114,8 @@ def train(rank: int, world: int, folder: str, kind: str, dtype: str, wrap: str, 
         model.parameters(), 0.5, momentum=0.9, update_at="step", max_norm=0.5, accumulate="stash"
     )
     if how == "refused":
-        optimizer.param_groups[0]["update_at"] = "backward"
+        inside = {"update_at": "backward", "max_norm": None, "accumulate": "error"}
+        optimizer.param_groups[0].update(inside)
     if how == "biased":
         with torch.no_grad():
             model.head.bias += rank
