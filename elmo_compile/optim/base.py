@@ -17,7 +17,8 @@ from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.philox import ROUNDING_VERSION
 from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Update
-from elmo_compile.ops.owners import Owner, Policy, owner_of, register, unregister
+from elmo_compile.ops.kept_gradients import Policy
+from elmo_compile.ops.owners import Owner, owner_of, register, unregister
 from elmo_compile.optim import guards, loading, options, state, whole
 from elmo_compile.optim.nothing_fused import nothing_fused
 from elmo_compile.optim.on_device import Graphs, count, rate_of, step_of

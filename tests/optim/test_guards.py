@@ -106,7 +106,7 @@ def test_what_no_update_is_made_from_may_change() -> None:
     model = net()
     step, opt = owned(model)
     step(*batch()).backward()
-    opt.param_groups[0].update(nonfinite="skip", micro_batches=4)
+    opt.param_groups[0].update(micro_batches=4)
     opt.step()
 
 

@@ -200,15 +200,14 @@ def test_8bit_state_is_torchao_s_and_trains_alike(how: dict) -> None:
 
 def test_sparse_gradients_touch_their_rows_alone() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        for make in (lambda p: Adagrad(p, 0.1), lambda p: SGD(p, 0.1)):
+        for make in (Adagrad, SGD):
             dense = nn.EmbeddingBag(50, 6, mode="sum").to(dtype)
             sparse = copy.deepcopy(dense)
             sparse.sparse = True
             before = sparse.weight.detach().clone()
             words, offsets = torch.tensor([3, 7, 7, 3, 49]), torch.tensor([0, 3])
             for bag in (dense, sparse):
-                opt = make(bag.parameters())
-                opt.param_groups[0]["fused"] = False
+                opt = make(bag.parameters(), 0.1, fused=False)
                 for _ in range(3):
                     opt.zero_grad()
                     bag(words, offsets).square().sum().backward()
