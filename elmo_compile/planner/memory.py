@@ -172,7 +172,9 @@ def _aten_buffers(shape: HeadShape) -> list[tuple[str, Any]]:
     code works in place on them."""
     operand = operand_size(shape)
     accumulate = max(4, operand)
-    eager = shape.number(N * L) < EAGER_BELOW and shape.number(L * D) < EAGER_WEIGHT_BELOW
+    # A second pass over a traced loss updates eagerly, however large the weight is.
+    by_weight = shape.program is None and shape.number(L * D) >= EAGER_WEIGHT_BELOW
+    eager = shape.number(N * L) < EAGER_BELOW and not by_weight
     terms: list[tuple[str, Any]] = [(CHUNK_OF_LOGITS, operand * N * C)]
     if operand != shape.weight_dtype.itemsize:
         terms.append(("chunk of weight, decoded", operand * C * D))
