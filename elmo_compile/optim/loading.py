@@ -10,6 +10,7 @@ from torch import Tensor
 
 from elmo_compile.errors import OptionError
 from elmo_compile.numerics.philox import ROUNDING_VERSION
+from elmo_compile.optim.state import number_of_rows
 
 _OF_A_RULE = ("betas", "momentum", "eps")
 """Hyper-parameters by which rules differ."""
@@ -69,12 +70,5 @@ def _expected(held: dict[str, Any], param: Tensor) -> dict[str, torch.Size]:
     rows = held.get("kahan_rows")
     if isinstance(rows, Tensor):
         shapes["compensation"] = torch.Size((rows.numel(), *param.shape[1:]))
-    shapes["sum"] = torch.Size((_rows(param),))
+    shapes["sum"] = torch.Size((number_of_rows(param),))
     return {n: s for n, s in shapes.items() if isinstance(held.get(n), Tensor)}
-
-
-def _rows(param: Tensor) -> int:
-    """Of a parameter seen as a matrix, as Adagrad counts them."""
-    numbers = torch.view_as_real(param) if param.is_complex() else param
-    columns = numbers.shape[-1] if numbers.dim() > 1 else 1
-    return numbers.numel() // columns if columns else 0

@@ -14,6 +14,7 @@ from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Rounding
 from elmo_compile.optim.base import HeadOptimizer
 from elmo_compile.optim.sharded import is_sharded, row_sums
+from elmo_compile.optim.state import number_of_rows
 
 Accumulate = Literal["error", "stash", "step_each", "materialize"]
 
@@ -282,7 +283,7 @@ class Adagrad(HeadOptimizer):
         return {"rule": "adagrad", "eps": group["eps"]}
 
     def _slot_size(self, name: str, param: Tensor, group: dict[str, Any]) -> StateSize:
-        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if param.real.dtype == torch.float64 else torch.float32
         return StateSize(name, dtype, Fraction(dtype.itemsize), columns=1)
 
     def _slot(self, name: str, param: Tensor, group: dict[str, Any]) -> Tensor:
@@ -290,11 +291,8 @@ class Adagrad(HeadOptimizer):
         if name not in held and is_sharded(param):
             held[name] = row_sums(param)
         if name not in held:
-            values = torch.view_as_real(param) if param.is_complex() else param
-            columns = values.shape[-1] if values.dim() > 1 else 1
-            rows = values.numel() // columns if columns else 0
-            dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-            held[name] = torch.zeros(rows, dtype=dtype, device=param.device)
+            dtype = self._slot_size(name, param, group).dtype
+            held[name] = torch.zeros(number_of_rows(param), dtype=dtype, device=param.device)
         held[name] = held[name].to(param.device)
         found: Tensor = held[name]
         return found

@@ -124,6 +124,13 @@ def _decoded(held: dict[str, Any], name: str, param: Tensor, signed: bool) -> Te
     return state.load(0, _rows_of(codes)).view(codes.shape)
 
 
+def number_of_rows(param: Tensor) -> int:
+    """Of a parameter seen as a matrix whose state is a number a row: [D] is D of them."""
+    numbers = torch.view_as_real(param) if param.is_complex() else param
+    columns = numbers.shape[-1] if numbers.dim() > 1 else 1
+    return numbers.numel() // columns if columns else 0
+
+
 def _rows_of(param: Tensor) -> int:
     return param.numel() // param.shape[-1]
 
