@@ -19,7 +19,8 @@ from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.kept_gradients import Policy
 from elmo_compile.ops.owners import Owner, owner_of, register, unregister
-from elmo_compile.optim import guards, loading, options, state, whole
+from elmo_compile.optim import guards, options, state, whole
+from elmo_compile.optim.checkpoints import Checkpoints
 from elmo_compile.optim.nothing_fused import nothing_fused
 from elmo_compile.optim.on_device import Graphs, count, rate_of, step_of
 from elmo_compile.optim.ordinary import Gradient, apply_updates, check_updates
@@ -38,7 +39,7 @@ class Member(NamedTuple):
     param_id: int
 
 
-class HeadOptimizer(torch.optim.Optimizer):
+class HeadOptimizer(Checkpoints):
     """An optimizer that owns huge heads and rounds what it stores; a rule is a subclass."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
@@ -267,78 +268,6 @@ class HeadOptimizer(torch.optim.Optimizer):
             self._next_id += 1
         return int(self._ids[param])
 
-    # Checkpoints
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch.optim; holds rounding streams and counters, so that a resumed run continues."""
-        for owner in self._owners:
-            owner.check_consistent()
-        self._follow_groups()
-        saved = super().state_dict()
-        for held in saved["state"].values():
-            if isinstance(held.get("step"), Tensor):
-                held["step"] = held["step"].clone()  # on a device it is counted in place
-        for group in saved["param_groups"]:
-            if group["capturable"]:
-                group["lr"] = float(group["lr"])  # and this one written to
-        return saved
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim; how to update (`fused`, `update_at`, ...) stays as constructed.
-
-        Raises:
-            OptionError: the state was saved by a version with other rounding bits, by another
-                rule, or for parameters of other shapes. Nothing is modified.
-        """
-        taken: list[dict[str, Any]] = []
-
-        def take(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            taken.append(self._to_load(given))
-            return taken[-1]
-
-        # Behind the user's hooks, which may change what is loaded or what was.
-        before = self.register_load_state_dict_pre_hook(take)
-        after = self.register_load_state_dict_post_hook(
-            lambda _: self._loaded(taken[-1]), prepend=True
-        )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
-
-    def _to_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A saved state with how to update as it is here. Raises as `load_state_dict`."""
-        loading.check_groups(state_dict["param_groups"], self.param_groups)
-        loading.check_shapes(state_dict, self.param_groups)
-        groups = [
-            {**group, **{key: mine[key] for key in options.HOW}}
-            for group, mine in zip(state_dict["param_groups"], self.param_groups)
-        ]
-        if len(groups) == len(state_dict["param_groups"]):
-            state_dict = {**state_dict, "param_groups": groups}
-        return state_dict
-
-    def _loaded(self, state_dict: dict[str, Any]) -> None:
-        """torch.optim has loaded a state."""
-        self._restore_state(state_dict)
-        for owner in self._owners:
-            if owner.inconsistent:
-                owner.forget_kept()  # else gradients stay, as torch's do
-            owner.inconsistent = owner.pending = False
-        self._used.forget()
-        self._applied.forget()
-
-    def _restore_state(self, state_dict: dict[str, Any]) -> None:
-        """State as saved: torch.optim casts it to the weight's dtype, which may be fp8."""
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for index, param in zip(saved, params):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    home = torch.device("cpu") if name == "step" else param.device
-                    self.state[param][name] = value.detach().to(home, copy=True)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
@@ -417,7 +346,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         )
         shares = group["accumulate"] == "step_each" and not options.scales_with_gradient(group)
         tensors = [self._slot(name, param, group) for name in self._slots(group)]
-        rounding, compensation, rows = self._compensation(group, param)
+        rounding, compensation, rows = state.compensation(self.state[param], group, param)
         return Update(
             lr=lr,
             lr_share=group["micro_batches"] if shares else 1,
@@ -445,26 +374,6 @@ class HeadOptimizer(torch.optim.Optimizer):
     def _slot_size(self, name: str, param: Tensor, group: dict[str, Any]) -> StateSize:
         """The size of what `_slot` makes."""
         return state.slot_size(name, param, group["state_dtype"])
-
-    def _compensation(
-        self, group: dict[str, Any], param: Tensor
-    ) -> tuple[Any, Tensor | None, Tensor | None]:
-        """(rounding of the other rows, compensation, the rows it belongs to)."""
-        held, rounding = self.state[param], group["rounding"]
-        rows, which = group["kahan_rows"], state.compensated(group, param)
-        other = "stochastic" if rounding == "kahan" else rounding
-        if which == "none":
-            return other, None, None
-        if "compensation" not in held:
-            some = which == "some"
-            if some:
-                held["kahan_rows"] = rows.to(param.device)
-            like = param[: len(rows)] if some else param
-            held["compensation"] = torch.zeros_like(like, dtype=group["compensation_dtype"])
-        for name in ("compensation", "kahan_rows"):
-            if name in held:
-                held[name] = held[name].to(param.device)
-        return other, held["compensation"], held.get("kahan_rows")
 
     def _updated(self, owner: Owner, guard: Tensor | None) -> None:
         group = self._find(owner.param).group

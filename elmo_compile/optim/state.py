@@ -87,6 +87,26 @@ def compensated(group: dict[str, Any], param: Tensor) -> Literal["none", "some",
     return "all" if group["rounding"] == "kahan" else "none"
 
 
+def compensation(
+    held: dict[str, Any], group: dict[str, Any], param: Tensor
+) -> tuple[Any, Tensor | None, Tensor | None]:
+    """(rounding of the other rows, compensation, the rows it belongs to), made at first use."""
+    rounding, rows, which = group["rounding"], group["kahan_rows"], compensated(group, param)
+    other = "stochastic" if rounding == "kahan" else rounding
+    if which == "none":
+        return other, None, None
+    if "compensation" not in held:
+        some = which == "some"
+        if some:
+            held["kahan_rows"] = rows.to(param.device)
+        like = param[: len(rows)] if some else param
+        held["compensation"] = torch.zeros_like(like, dtype=group["compensation_dtype"])
+    for name in ("compensation", "kahan_rows"):
+        if name in held:
+            held[name] = held[name].to(param.device)
+    return other, held["compensation"], held.get("kahan_rows")
+
+
 def compensation_sizes(group: dict[str, Any], param: Tensor) -> list[StateSize]:
     """The sizes of a matrix's compensation, and of the numbers of its rows."""
     which, dtype = compensated(group, param), group["compensation_dtype"]
