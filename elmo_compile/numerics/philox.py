@@ -18,6 +18,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,7 @@ CONVERSION = 5
 _MASK32 = 0xFFFFFFFF
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+_KEYS_AT_ONCE = 1 << 13
 _MIX_A = 0x7FEB352D
 _MIX_B = 0x846CA68B - (1 << 32)  # as a signed 32-bit number
 
@@ -161,6 +163,40 @@ def row_keys_from_words(words: Sequence[Any], rows: Tensor) -> Tensor:
     seed, param_id, step_lo, stream_step_hi = words
     counter = (rows & _MASK32, (rows >> 32) & _MASK32, step_lo, stream_step_hi)
     return to_int32(philox4x32(counter, (seed, param_id))[0])
+
+
+def row_keys_in_order(words: Sequence[int], first: int, last: int) -> Tensor:
+    """`row_keys` of rows [first, last) on a CPU: int32 [last - first].
+
+    By numpy, which has unsigned words, and in place: 27 ns a row, where the formula above takes 40
+    and int64 tensors 120. Compiled it is 2, after two seconds of compiling.
+    """
+    seed, param_id, step_lo, stream_step_hi = words
+    keys = np.empty(max(0, last - first), dtype=np.uint32)
+    c0, c1, c2, c3, p0, p1 = np.empty((6, min(keys.size, _KEYS_AT_ONCE)), dtype=np.uint64)
+    shift, mask = np.uint64(32), np.uint64(_MASK32)
+    for start in range(0, keys.size, _KEYS_AT_ONCE):
+        part = keys[start : start + _KEYS_AT_ONCE]
+        if part.size < c0.size:
+            c0, c1, c2, c3, p0, p1 = (a[: part.size] for a in (c0, c1, c2, c3, p0, p1))
+        c1[:] = np.arange(first + start, first + start + part.size, dtype=np.uint64)
+        np.bitwise_and(c1, mask, out=c0)
+        np.right_shift(c1, shift, out=c1)
+        c2.fill(step_lo)
+        c3.fill(stream_step_hi)
+        k0, k1 = seed, param_id
+        for _ in range(10):
+            np.multiply(c0, np.uint64(_PHILOX_M[0]), out=p0)
+            np.multiply(c2, np.uint64(_PHILOX_M[1]), out=p1)
+            for product, high, other, key in ((p1, c0, c1, k0), (p0, c2, c3, k1)):
+                np.right_shift(product, shift, out=high)
+                np.bitwise_xor(high, other, out=high)
+                np.bitwise_xor(high, np.uint64(key), out=high)
+            np.bitwise_and(p1, mask, out=c1)
+            np.bitwise_and(p0, mask, out=c3)
+            k0, k1 = (k0 + _PHILOX_W[0]) & _MASK32, (k1 + _PHILOX_W[1]) & _MASK32
+        part[:] = c0
+    return torch.from_numpy(keys.view(np.int32))
 
 
 def mix32(h: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ from elmo_compile.numerics.update import Update
 
 from .head_cases import FP8, problem
 
+pytestmark = pytest.mark.filterwarnings("error:elmo_compile. Inductor could not:RuntimeWarning")
+
 
 @pytest.fixture
 def compile_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from elmo_compile.numerics.philox import (
     philox4x32,
     row_keys,
     row_keys_from_words,
+    row_keys_in_order,
     to_int32,
 )
 
@@ -211,3 +212,12 @@ def test_the_mixer_can_be_begun_on_key_and_column_apart():
     for j in range(4):
         apart = mixed(half_mixed(keys)[:, None] ^ (half_mixed(columns) ^ j))
         assert torch.equal(apart, element_words(keys, columns ^ j))
+
+
+@pytest.mark.parametrize(
+    ("first", "rows"), [(0, 0), (0, 1), (5, 16384), (2**32 - 3, 20_000), (2**40 + 1, 40_001)]
+)
+def test_keys_of_rows_in_order(first: int, rows: int) -> None:
+    words = counter_words(2**32 - 1, 7, 2**40 + 9, 3)
+    got = row_keys_in_order(words, first, first + rows)
+    assert torch.equal(got, row_keys_from_words(words, torch.arange(first, first + rows)))

@@ -50,6 +50,10 @@ class ChunkLoss:
             num_outputs = p.w_LD.shape[0]
             edges = torch.arange(0, num_outputs + p.chunk, p.chunk).clamp_max(num_outputs)
             self._bounds = torch.searchsorted(self.positives.cols_M, edges).tolist()
+            # Where each is in its chunk's logits, counted along them: one operation to read or
+            # write them. A small operation is 20 to 100 us behind a product (benchmarks/NOTES.md).
+            in_chunk_M = self.positives.cols_M % p.chunk
+            self._at_M = in_chunk_M * rows + self.positives.rows_M
 
     def bias(self, start: int, stop: int) -> Tensor | None:
         """Bias of a chunk [C, 1] in arithmetic precision."""
@@ -97,12 +101,13 @@ class ChunkLoss:
         if first == last:
             return None
         rows_M, cols_M, values_M = self.positives
-        rows_M, cols_M = rows_M[first:last], cols_M[first:last] - start
-        z_M = z_CN[cols_M, rows_M].to(self.work)
+        at_M = self._at_M[first:last]
+        z_M = torch.take(z_CN, at_M).to(self.work)
         bias = self.bias(start, stop)
         if bias is not None:
-            z_M = z_M + bias.squeeze(1)[cols_M]
-        return _Picked(rows_M, cols_M, z_M, None if values_M is None else values_M[first:last])
+            z_M = z_M + torch.take(bias, cols_M[first:last] - start)
+        values_M = None if values_M is None else values_M[first:last]
+        return _Picked(at_M, rows_M[first:last], z_M, values_M)
 
     def gradient_(
         self,
@@ -137,7 +142,7 @@ class ChunkLoss:
             run(z_CN, bias, *stats, self.total_N, y_CN)
         if picked is not None:
             at_targets_M = self._target_gradient(picked, stats).to(z_CN.dtype)
-            z_CN[picked.cols_M, picked.rows_M] = at_targets_M
+            _put_(z_CN, picked.at_M, at_targets_M)
         return z_CN
 
     def _target_gradient(self, picked: _Picked, stats: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -153,15 +158,26 @@ class ChunkLoss:
 
 
 class _Picked:
-    """Targets of one chunk: where they are and what their logits are."""
+    """Targets of one chunk: where they are in its logits and what these are."""
 
-    def __init__(self, rows_M: Tensor, cols_M: Tensor, z_M: Tensor, values_M: Tensor | None):
-        self.rows_M, self.cols_M, self.z_M, self.values_M = rows_M, cols_M, z_M, values_M
+    def __init__(self, at_M: Tensor, rows_M: Tensor, z_M: Tensor, values_M: Tensor | None):
+        self.at_M, self.rows_M, self.z_M, self.values_M = at_M, rows_M, z_M, values_M
 
     def add_values_(self, rows_N: Tensor) -> None:
         """rows_N -= sum of `y z` over the chunk's targets (float64)."""
         yz_M = self.z_M if self.values_M is None else self.z_M * self.values_M
         rows_N.index_add_(0, self.rows_M, -yz_M.double())
+
+
+def _put_(z_CN: Tensor, at_M: Tensor, values_M: Tensor) -> None:
+    """Write into logits, each place once."""
+    if (
+        torch.are_deterministic_algorithms_enabled()
+    ):  # put_ raises then, lest a place is named twice
+        rows = z_CN.shape[1]
+        z_CN[at_M // rows, at_M % rows] = values_M
+    else:
+        z_CN.put_(at_M, values_M)
 
 
 def _sorted_targets(p: HeadProblem) -> Positives | None:

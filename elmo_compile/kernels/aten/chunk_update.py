@@ -6,9 +6,9 @@ exists. Shapes: L rows, D columns, C rows of a chunk, H compensated rows.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,8 +26,8 @@ Layout = Literal["plain", "pairs", "quads"]
 LANES = 16
 """int32 or float32 numbers of a vector of 512 bits. A row of whole vectors is seen as [-1, LANES]:
 no code is then made for the rest of one, which is half of what a C++ compiler has to do."""
-_KEY_ROWS, _KEYS_AT_ONCE = 1 << 16, 1 << 12
-"""Rows whose keys are kept, and made together."""
+_KEY_ROWS = 1 << 16
+"""Rows whose keys are made together, and kept."""
 _BLOCK = 1 << 22
 """Elements of a parameter updated at once."""
 
@@ -56,11 +56,16 @@ class ChunkUpdate:
         self, w_LD: Tensor, update: Update, layout: Layout, chunk: int, *, fast: bool
     ) -> None:
         update = update.on_host()
-        self._w_LD, self._update, self._layout, self._fast = w_LD, update, layout, fast
-        per_word = {"plain": 1, "pairs": 2, "quads": 4}[layout]
-        self._columns = columns_of(w_LD, per_word)
-        self._plain_columns = self._columns if per_word == 1 else None
+        self._w_LD, self._update, self._fast = w_LD, update, fast
+        self._form = form = _Form(layout, w_LD, update, fast)
+        # Seen as the code takes them once, and not for every chunk.
+        self._state: list[Tensor | Blockwise] = (
+            [update.row_sums[:, None]] if update.row_wise else list(update.moments)
+        )
+        self._w = form.of(w_LD)
+        self._seen = [s if isinstance(s, Blockwise) else form.of(s) for s in self._state]
         compensation = update.compensation
+        self._c = form.of(compensation) if update.compensates_all else None  # type: ignore[arg-type]
         rounded = update.rounding == "stochastic" and not update.compensates_all
         needed: list[tuple[int, Any]] = [
             (philox.WEIGHT, w_LD if rounded else None),
@@ -78,59 +83,26 @@ class ChunkUpdate:
         self, start: int, stop: int, dw: Tensor, scale: float, decoded: Tensor | None = None
     ) -> None:
         """Update rows [start, stop) with the gradient `scale dw`; `decoded` are their values."""
-        update, w = self._update, self._w_LD[start:stop]
+        update, form = self._update, self._form
         keys = [key.of(start, stop) if key else None for key in self._keys]
         if update.row_wise:
             a = update.row_sums[start:stop]
             piece(steps.accumulate_rows_, self._fast)(a, dw, scale)
-            state: list[Any] = [a[:, None], None]
-        else:
-            state = [_load(s, start, stop) for s in update.moments]
-            state = [*state, None, None][:2]
+        rows = [_rows_of(s, start, stop) for s in self._state]
         if update.kahan_rows is not None:
-            run = self._compensated(start, stop, dw, scale, state, keys)
-        c = update.compensation[start:stop] if update.compensates_all else None  # type: ignore[index]
-        self._run(self._layout, w, decoded, dw, state, c, keys, scale)
+            run = self._compensated(start, stop, dw, scale, rows, keys)
+        state = [
+            form.of(values) if isinstance(s, Blockwise) else s[start:stop]
+            for s, values in zip(self._seen, rows)
+        ]
+        c = None if self._c is None else self._c[start:stop]
+        form.run(self._w[start:stop], form.by_halves(decoded), form.gradient(dw), state, c, keys,
+                 scale)  # fmt: skip
         if update.kahan_rows is not None:
             run()
-        for stored, value in zip(update.moments, state):
+        for stored, values in zip(self._state, rows):
             if isinstance(stored, Blockwise):
-                stored.store(start, stop, value)
-
-    def _run(
-        self,
-        layout: Layout,
-        w: Tensor,
-        decoded: Tensor | None,
-        dw: Tensor,
-        state: list[Any],
-        c: Tensor | None,
-        keys: list[Tensor | None],
-        scale: float,
-    ) -> None:
-        form, numbers = self._update.form, (scale, *self._update.rates)
-        if c is None:
-            keys = [*keys[:3], None]
-        if layout == "plain":
-            columns = self._plain_columns
-            if columns is None:
-                columns = self._plain_columns = columns_of(self._w_LD, 1)
-            split = _Split(columns)
-            run = piece(steps.plain_, self._fast, vectors=split.whole, form=form)
-            run(*split.all(w, dw, *state, c), *keys, *split.all(columns), *numbers)
-            return
-        row_wise = self._update.row_wise
-        words = [s if s is None or row_wise else as_words(s) for s in state]
-        dw = as_words(dw)
-        if decoded is not None:
-            decoded, dw = _by_halves(as_words(decoded)), _by_halves(dw)
-        c = None if c is None else as_words(c)
-        split = _Split(self._columns)
-        run = piece(steps.lanes_, self._fast, vectors=split.whole, form=form)
-        run(
-            *split.all(as_words(w), decoded, dw, *words, c), *keys,
-            *split.all(self._columns), *numbers,
-        )  # fmt: skip
+                stored.store(start, stop, values)
 
     def _compensated(
         self,
@@ -138,7 +110,7 @@ class ChunkUpdate:
         stop: int,
         dw: Tensor,
         scale: float,
-        state: list[Any],
+        state: list[Tensor],
         keys: list[Tensor | None],
     ) -> Any:
         """What updates the compensated rows of a chunk, from copies made before all are updated.
@@ -157,17 +129,87 @@ class ChunkUpdate:
         stored = self._w_LD[start:stop]
         raw = stored.view(torch.uint8) if stored.element_size() == 1 else stored
         w = raw[inside].view(stored.dtype)
-        copies = [None if s is None else s[inside] for s in state]
+        copies = [s[inside] for s in state]
         own = [None, *(None if key is None else key[inside] for key in keys[1:])]
         dw = dw[inside]
-        if self._layout == "quads":
+        if self._form.layout == "quads":
             dw = restore_columns(dw)
+        form = self._plain_form
 
         def run() -> None:
-            self._run("plain", w, None, dw, copies, comp_HD[first:last], own, scale)
+            form.run(
+                form.of(w), None, form.of(dw), [form.of(s) for s in copies],
+                form.of(comp_HD[first:last]), own, scale,
+            )  # fmt: skip
             raw[inside] = w.view(raw.dtype)
 
         return run
+
+    @functools.cached_property
+    def _plain_form(self) -> _Form:
+        return _Form("plain", self._w_LD, self._update, self._fast)
+
+
+class _Form:
+    """How compiled code takes the rows of a weight and what goes with them."""
+
+    def __init__(self, layout: Layout, w_LD: Tensor, update: Update, fast: bool) -> None:
+        self.layout, self._update = layout, update
+        columns_D = columns_of(w_LD, {"plain": 1, "pairs": 2, "quads": 4}[layout])
+        width = columns_D.numel()
+        self._vectors = width % LANES == 0 and width > LANES
+        self._columns = self._split(columns_D)
+        code = steps.plain_ if layout == "plain" else steps.lanes_
+        self._piece = piece(code, fast, vectors=self._vectors, form=update.form)
+
+    def of(self, t: Tensor) -> Tensor:
+        """Rows as words, where the layout is of words, and these as vectors; a number a row,
+        [C, 1], broadcasts as before."""
+        return self._split(t if self.layout == "plain" or t.shape[-1] == 1 else as_words(t))
+
+    def by_halves(self, t: Tensor | None) -> Tensor | None:
+        """Decoded rows in `halves_order` as [C, 2, their halves]."""
+        if t is None:
+            return None
+        words_CD = as_words(t)
+        return self._split(words_CD.view(words_CD.shape[0], 2, words_CD.shape[1] // 2))
+
+    def gradient(self, dw: Tensor) -> Tensor:
+        """A gradient, whose columns are those of the decoded rows where there are any."""
+        if self.layout != "quads":
+            return self.of(dw)
+        halves = self.by_halves(dw)
+        assert halves is not None
+        return halves
+
+    def run(
+        self,
+        w: Tensor,
+        decoded: Tensor | None,
+        dw: Tensor,
+        state: list[Tensor],
+        c: Tensor | None,
+        keys: list[Tensor | None],
+        scale: float,
+    ) -> None:
+        """Update what `of` and `by_halves` returned in place."""
+        first, second, *_ = (*state, None, None)
+        taken = (w, dw) if self.layout == "plain" else (w, decoded, dw)
+        c_key = None if c is None else keys[3]
+        self._piece(
+            *taken, first, second, c, *keys[:3], c_key, self._columns, scale, *self._update.rates
+        )
+
+    def _split(self, t: Tensor) -> Tensor:
+        """[.., D] as [.., D / LANES, LANES], where rows are whole vectors."""
+        if not self._vectors:
+            return t
+        return t.unsqueeze(-1) if t.shape[-1] == 1 else t.view(*t.shape[:-1], -1, LANES)
+
+
+def _rows_of(state: Tensor | Blockwise, start: int, stop: int) -> Tensor:
+    """Rows of a state: the stored ones, or their values as float32."""
+    return state.load(start, stop) if isinstance(state, Blockwise) else state[start:stop]
 
 
 def update_rows(w_RD: Tensor, grad_RD: Tensor, update: Update, factor: float = 1.0) -> None:
@@ -232,33 +274,7 @@ class RowKeys:
         if self._device.type != "cpu":
             rows = torch.arange(first, last, device=self._device)
             return philox.half_mixed(philox.row_keys_from_words(self._words, rows))
-        # By numpy, which has unsigned words: a third of the time, and nothing to compile.
-        seed, param_id, step_lo, stream_step_hi = self._words
-        keys = np.empty(last - first, dtype=np.uint32)
-        for start in range(0, keys.size, _KEYS_AT_ONCE):
-            some = keys[start : start + _KEYS_AT_ONCE]
-            row = np.arange(first + start, first + start + some.size, dtype=np.uint64)
-            counter = (row & 0xFFFFFFFF, row >> 32, step_lo, stream_step_hi)
-            some[:] = philox.philox4x32(counter, (seed, param_id))[0]
-        return philox.half_mixed(torch.from_numpy(keys.view(np.int32)))
-
-
-class _Split:
-    """Rows seen as vectors, where they are several whole ones."""
-
-    def __init__(self, columns_D: Tensor) -> None:
-        width = columns_D.numel()
-        self.whole = width % LANES == 0 and width > LANES
-
-    def all(self, *tensors: Tensor | None) -> list[Tensor | None]:
-        """Tensors [.., D] as [.., D / LANES, LANES]; numbers a row, [C, 1], broadcast as before."""
-        if not self.whole:
-            return list(tensors)
-        return [None if t is None else self._vectors(t) for t in tensors]
-
-    @staticmethod
-    def _vectors(t: Tensor) -> Tensor:
-        return t.unsqueeze(-1) if t.shape[-1] == 1 else t.view(*t.shape[:-1], -1, LANES)
+        return philox.half_mixed(philox.row_keys_in_order(self._words, first, last))
 
 
 def columns_of(w_LD: Tensor, per_word: int) -> Tensor:
@@ -271,16 +287,6 @@ def restore_columns(columns: Tensor) -> Tensor:
     """Columns in `halves_order` back in their own."""
     order = halves_order(columns.shape[1], columns.device)
     return torch.empty_like(columns).index_copy_(1, order, columns)
-
-
-def _by_halves(words_CD: Tensor) -> Tensor:
-    """Rows in `halves_order` as [C, 2, their halves]."""
-    return words_CD.view(words_CD.shape[0], 2, words_CD.shape[1] // 2)
-
-
-def _load(state: Tensor | Blockwise, start: int, stop: int) -> Tensor:
-    """Rows of a state: the stored ones, or their values as float32."""
-    return state.load(start, stop) if isinstance(state, Blockwise) else state[start:stop]
 
 
 def _whole_words(t: Tensor) -> bool:

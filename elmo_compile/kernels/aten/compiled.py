@@ -9,17 +9,19 @@ compiles again. Private APIs: `torch._dynamo`, `torch._C`; tried on torch 2.13.
 from __future__ import annotations
 
 import functools
+import struct
 import threading
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from elmo_compile.kernels.aten.direct import compiled, form_of, recorded
 from elmo_compile.kernels.aten.traced_once import values_traced_once
 
 SMALL = 1 << 20
@@ -35,8 +37,10 @@ _INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {
     "realize_acc_reads_threshold": 1 << 20,
 }
 _Run = Callable[..., Any]
+_FORMS = 256
+"""Forms of arguments that a piece keeps in mind: sizes of chunks, batches and parameters."""
 _lock = threading.RLock()
-_cache: dict[Any, _Run] = {}
+_cache: dict[Any, _Variant | None] = {}
 _told: set[str] = set()
 
 
@@ -54,29 +58,72 @@ def piece(
     Returns:
         A function of the positional arguments of `fn`.
     """
-    eager = functools.partial(fn, **flags)
     if not use_compiled:
-        return eager
+        return functools.partial(fn, **flags)
+    return _piece(fn, vectors, tuple(sorted(flags.items())))
 
-    def call(*args: Any) -> Any:
+
+@functools.lru_cache(maxsize=1024)
+def _piece(fn: Callable[..., Any], vectors: bool, flags: tuple[tuple[str, Any], ...]) -> _Piece:
+    """The one piece of a function and its flags."""
+    eager = functools.partial(fn, **dict(flags))
+    return _Piece((fn, vectors, flags), eager, lambda args: _variant(fn, vectors, flags, args))
+
+
+class _Piece:
+    """A function that is compiled once for each kind of arguments, at its first call with them."""
+
+    def __init__(
+        self, name: tuple[Any, ...], eager: _Run, compile_for: Callable[[tuple[Any, ...]], _Variant]
+    ) -> None:
+        self._name, self._eager, self._compile_for = name, eager, compile_for
+        self._known: dict[tuple[Any, ...], _Run] = {}
+        """Form of arguments -> what runs the code compiled for them, and nothing else."""
+
+    def __call__(self, *args: Any) -> Any:
+        if _get_current_dispatch_mode() is not None:  # FlopCounterMode: Dynamo refuses under one
+            return self._eager(*args)
+        form = form_of(args)
+        known = self._known.get(form)
+        if known is None:
+            return self._first(form, args)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return known(*args)
+
+    def _first(self, form: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+        """A call by way of Dynamo, which is not needed for this form afterwards."""
         tensors = [a for a in args if isinstance(a, Tensor)]
         # A ragged last chunk of one output is not worth a variant of its own.
         if tensors[0].shape[:1] == (1,) or any(t.numel() == 0 for t in tensors):
-            return eager(*args)
-        if _get_current_dispatch_mode() is not None:  # FlopCounterMode: Dynamo refuses under one
-            return eager(*args)
-        key = (fn, vectors, tuple(sorted(flags.items())), tuple(_kind(a) for a in args))
-        run = _cache.get(key)
-        if run is None:
-            run = _compiled_once(key, eager, lambda: _piece_of(fn, vectors, flags, args))
-        return run(*args)
+            return self._eager(*args)
+        variant = _compiled_once(
+            (*self._name, tuple(_kind(a) for a in args)), lambda: self._compile_for(args)
+        )
+        if variant is None:
+            return self._eager(*args)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            result, direct = recorded(variant.run, variant.arguments(args))
+        if direct is not None:
+            if len(self._known) >= _FORMS:
+                self._known.clear()
+            arguments = variant.arguments
+            self._known[form] = lambda *args: direct(*arguments(args))
+        return result
 
-    return call
+
+class _Variant(NamedTuple):
+    """A function compiled, and what it takes of the arguments of a piece."""
+
+    run: _Run
+    arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
-def _piece_of(
-    fn: Callable[..., Any], vectors: bool, flags: dict[str, Any], args: tuple[Any, ...]
-) -> _Run:
+def _variant(
+    fn: Callable[..., Any],
+    vectors: bool,
+    flags: tuple[tuple[str, Any], ...],
+    args: tuple[Any, ...],
+) -> _Variant:
     """A function compiled; its numbers travel in one float64 tensor.
 
     As Python floats they would be symbols, and so would every float constant of the source that
@@ -85,25 +132,41 @@ def _piece_of(
     constants are constants, and the elements of a tensor are data.
     """
     numbers = tuple(isinstance(a, float) for a in args)
+    named = dict(flags)
 
     def unpacked(packed: Tensor, *others: Any) -> Any:
         scalars, rest = iter(packed.unbind()), iter(others)
-        return fn(*[next(scalars) if number else next(rest) for number in numbers], **flags)
+        return fn(*[next(scalars) if number else next(rest) for number in numbers], **named)
 
-    def pack(values: tuple[Any, ...]) -> tuple[Any, ...]:
-        packed = torch.tensor([a for a in values if isinstance(a, float)], dtype=torch.float64)
-        return packed, *(a for a in values if not isinstance(a, float))
-
-    if not any(numbers):
-        compiled = _compiler(_own_code(fn, flags))
-        with torch._dynamo.config.patch(specialize_float=True):
-            compiled(*_copies(args, torch._dynamo.mark_dynamic, vectors))
-        return compiled
-    compiled = _compiler(_own_code(unpacked, {}))
-    packed, *others = pack(args)
+    if any(numbers):
+        variant = _Variant(_compiler(_own_code(unpacked, {})), _packing(numbers))
+    else:
+        variant = _Variant(_compiler(_own_code(fn, named)), lambda values: values)
+    taken = variant.arguments(args)
+    packed = taken[: any(numbers)]
+    copies = _copies(taken[len(packed) :], torch._dynamo.mark_dynamic, vectors)
     with torch._dynamo.config.patch(specialize_float=True):
-        compiled(packed, *_copies(tuple(others), torch._dynamo.mark_dynamic, vectors))
-    return lambda *values: compiled(*pack(values))
+        variant.run(*packed, *copies)
+    return variant
+
+
+def _packing(numbers: tuple[bool, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Arguments, some of them numbers -> all numbers as one tensor, then the others."""
+    those = [i for i, number in enumerate(numbers) if number]
+    others = [i for i, number in enumerate(numbers) if not number]
+    pack = struct.Struct(f"{len(those)}d").pack
+
+    def packed(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _packed(pack(*[values[i] for i in those])), *[values[i] for i in others]
+
+    return packed
+
+
+@functools.lru_cache(maxsize=256)
+def _packed(numbers: bytes) -> Tensor:
+    """float64 numbers as a tensor that is only read: those of a step are the same in each chunk."""
+    with torch.inference_mode(False):
+        return torch.frombuffer(bytearray(numbers), dtype=torch.float64)
 
 
 def graph_piece(module: fx.GraphModule, use_compiled: bool) -> Callable[..., Any]:
@@ -111,27 +174,19 @@ def graph_piece(module: fx.GraphModule, use_compiled: bool) -> Callable[..., Any
 
     Sizes that the graph holds as constants (rows of a static batch) stay constants in the code.
     """
-    if not use_compiled:
-        return module
-    forward = type(module).forward
+    return _graph_piece(module) if use_compiled else module
 
-    def call(*args: Any) -> Any:
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if any(t.numel() == 0 for t in tensors) or _get_current_dispatch_mode() is not None:
-            return module(*args)
-        key = (module, tuple(_kind(a) for a in args))
-        run = _cache.get(key)
-        if run is None:
 
-            def compiled() -> _Run:
-                made = _compiler(_own_code(forward, {}))
-                made(module, *_copies(args, torch._dynamo.maybe_mark_dynamic))
-                return functools.partial(made, module)
+@functools.lru_cache(maxsize=1024)
+def _graph_piece(module: fx.GraphModule) -> _Piece:
+    """The one piece of a graph."""
 
-            run = _compiled_once(key, module, compiled)
-        return run(*args)
+    def variant(args: tuple[Any, ...]) -> _Variant:
+        run = functools.partial(_compiler(_own_code(type(module).forward, {})), module)
+        run(*_copies(args, torch._dynamo.maybe_mark_dynamic))
+        return _Variant(run, lambda values: values)
 
-    return call
+    return _Piece((module,), module, variant)
 
 
 def _kind(value: Any) -> Any:
@@ -149,28 +204,28 @@ def _compiler(fn: Callable[..., Any]) -> _Run:
     Nothing records gradients here, and Dynamo guards on the dispatch keys that are left: a first
     call inside an op and the calls after it, or an optimizer's, would be two variants.
     """
-    compiled = torch.compile(fn, dynamic=True, fullgraph=True, options=_INDUCTOR)
+    made = compiled(fn, _INDUCTOR)
 
     def run(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            return compiled(*args)
+            return made(*args)
 
     return run
 
 
-def _compiled_once(key: Any, eager: _Run, compile_now: Callable[[], _Run]) -> _Run:
-    """What `compile_now` returns, kept under `key`; eager, and said, if that fails."""
+def _compiled_once(key: Any, compile_now: Callable[[], _Variant]) -> _Variant | None:
+    """What `compile_now` returns, kept under `key`; None, and said, if that fails."""
     with _lock:
         if key in _cache:
             return _cache[key]
+        variant: _Variant | None = None
         try:
             with values_traced_once():
-                run = compile_now()
+                variant = compile_now()
         except Exception as error:  # whatever a compiler or its absence raises
             _tell(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
-            run = eager
-        _cache[key] = run
-        return run
+        _cache[key] = variant
+        return variant
 
 
 def _tell(cause: str) -> None:
@@ -222,4 +277,6 @@ def reset() -> None:
     with _lock:
         _cache.clear()
         _told.clear()
+        _piece.cache_clear()
+        _graph_piece.cache_clear()
         _failure = None
