@@ -3,7 +3,7 @@
 At every call Dynamo checks what its code depends on. That takes 60 us in a loop of nothing else,
 and 500 us behind a matrix product, which leaves none of it in the caches (benchmarks/NOTES.md). A
 piece depends on nothing but the form of its arguments, so what Dynamo chose for a form once is
-right for it again. Private APIs: `torch._inductor.compile_fx`, `torch._C`; tried on torch 2.11,
+right for it again. Private API: `torch._inductor.compile_fx`; tried on torch 2.11,
 2.13 and 2.15.
 """
 
