@@ -17,14 +17,14 @@ from elmo_compile.planner.traffic import TrafficTable, head_traffic
 
 SMALLEST_CHUNK = 64
 """Outputs; a budget that does not hold even this is refused."""
-ENOUGH_LOGITS = 1 << 21
+ENOUGH_LOGITS = 1 << 23
 """Of a chunk on a CPU: a larger one gains nothing."""
-ENOUGH_DECODED = 1 << 20
+ENOUGH_DECODED, FEW_ROWS = 1 << 20, 256
 """Elements of a chunk of weights that is decoded on a CPU: written once and read three times, they
-are best kept near the second-level cache."""
+are best kept near the second-level cache. More with more rows than these, where products last."""
 ENOUGH_OPERATIONS = 1 << 35
 """Of one product of a chunk on a GPU: 50 us at 700 TFLOP/s, where the host takes 20 to start it."""
-ROOM = {"cpu": 48 << 20, "cuda": 64 << 20}
+ROOM = 64 << 20
 """Bytes of temporaries that such a chunk stays within, and within a quarter of the logits."""
 ROW_BLOCK_BYTES = 64 << 20
 """Logits held at once, by default, where that saves a product."""
@@ -187,14 +187,15 @@ def cache_chunk(shape: HeadShape, limits: DeviceLimits) -> int:
     per_output = slope + shape.number(shape.weight_dtype.itemsize * D)
     rows, outputs = shape.number(shape.rows), shape.number(shape.outputs)
     logits = shape.compute_dtype.itemsize * rows * outputs
-    room = max(0, min(ROOM[limits.kind], logits // 4) - fixed - 1) // max(1, slope)
+    room = max(0, min(ROOM, logits // 4) - fixed - 1) // max(1, slope)
     if limits.kind == "cpu":
         enough = min(limits.cache_bytes * 3 // 2 // per_output, ENOUGH_LOGITS // rows)
     else:
         enough = ENOUGH_OPERATIONS // (2 * rows * shape.number(shape.features))
     chunk = max(limits.working_set // per_output, min(room, enough))
     if limits.kind == "cpu" and operand_size(shape) != shape.weight_dtype.itemsize:
-        chunk = min(chunk, ENOUGH_DECODED // max(1, shape.number(shape.features)))
+        decoded = ENOUGH_DECODED * max(1, rows // FEW_ROWS)
+        chunk = min(chunk, decoded // max(1, shape.number(shape.features)))
     if limits.kind == "cuda":  # alike, so that the last one fills the chip as well
         chunk = -(-outputs // max(1, -(-outputs // max(chunk, limits.min_chunk))))
         return max(limits.min_chunk, -(-chunk // limits.multiple) * limits.multiple)

@@ -300,4 +300,12 @@ def test_a_cpu_chunk_is_larger_than_the_cache_share_where_the_logits_are_huge():
     assert small.chunk_size * (128 + 2 * 768) * 2 <= LIMITS.working_set + LIMITS.multiple * 2000
     assert large.chunk_size > 2 * small.chunk_size
     assert large.saves
-    assert made(shape(512), None, LIMITS).chunk_size == choose.ENOUGH_LOGITS // 512
+    many = shape(2048, 670_091, loss=CE)
+    assert made(many, None, LIMITS).chunk_size == choose.ENOUGH_LOGITS // 2048
+
+
+def test_decoded_chunks_stay_small_unless_products_last():
+    few, many = (shape(rows, 670_091, torch.float8_e4m3fn) for rows in (128, 1024))
+    chunk = made(few, None, LIMITS).chunk_size
+    assert choose.ENOUGH_DECODED // 2 < chunk * 768 <= choose.ENOUGH_DECODED
+    assert made(many, None, LIMITS).chunk_size > 2 * chunk
