@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elmo_compile.kernels.aten import compiled, direct
+from elmo_compile.kernels.aten import chunk_loss, compiled, direct
 
 pytestmark = pytest.mark.filterwarnings("error:elmo_compile. Inductor could not:RuntimeWarning")
 
@@ -162,3 +162,28 @@ def test_forms_are_forgotten_before_they_are_many(monkeypatch: pytest.MonkeyPatc
     for rows in range(2, 12):
         run(torch.randn(rows, 8), None)
     assert len(run._known) <= 4  # type: ignore[attr-defined]
+
+
+def test_a_graphs_numbers_are_constants_of_its_code(by_dynamo: list[int]) -> None:
+    class Shifted(torch.nn.Module):
+        def forward(self, z: Tensor, by: Any) -> Any:
+            return (z + by,)
+
+    run = compiled.graph_piece(torch.fx.symbolic_trace(Shifted()), True)
+    z = torch.ones(4, 8)
+    for by in (1.0, 2.5, 1.0, 3):
+        (got,) = run(z, by)
+        assert torch.equal(got, z + by)
+
+
+def test_targets_are_written_under_deterministic_algorithms() -> None:
+    """`put_` is refused there, though each place is written once."""
+    z = torch.zeros(6, 8)[:, :5]
+    torch.use_deterministic_algorithms(True)
+    try:
+        chunk_loss._put_(z, torch.tensor([0, 7, 29]), torch.ones(3))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected = torch.zeros(6, 5)
+    expected.view(-1)[[0, 7, 29]] = 1.0
+    assert torch.equal(z, expected)

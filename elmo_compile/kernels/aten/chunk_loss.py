@@ -171,13 +171,11 @@ class _Picked:
 
 def _put_(z_CN: Tensor, at_M: Tensor, values_M: Tensor) -> None:
     """Write into logits, each place once."""
-    if (
-        torch.are_deterministic_algorithms_enabled()
-    ):  # put_ raises then, lest a place is named twice
+    if not torch.are_deterministic_algorithms_enabled():
+        z_CN.put_(at_M, values_M)
+    else:  # then put_ raises, since a place might be named twice
         rows = z_CN.shape[1]
         z_CN[at_M // rows, at_M % rows] = values_M
-    else:
-        z_CN.put_(at_M, values_M)
 
 
 def _sorted_targets(p: HeadProblem) -> Positives | None:

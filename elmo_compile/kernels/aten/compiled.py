@@ -67,23 +67,31 @@ def piece(
 def _piece(fn: Callable[..., Any], vectors: bool, flags: tuple[tuple[str, Any], ...]) -> _Piece:
     """The one piece of a function and its flags."""
     eager = functools.partial(fn, **dict(flags))
-    return _Piece((fn, vectors, flags), eager, lambda args: _variant(fn, vectors, flags, args))
+    name = (fn, vectors, flags)
+    return _Piece(name, eager, lambda args: _variant(*name, args), packs=True)
 
 
 class _Piece:
     """A function that is compiled once for each kind of arguments, at its first call with them."""
 
     def __init__(
-        self, name: tuple[Any, ...], eager: _Run, compile_for: Callable[[tuple[Any, ...]], _Variant]
+        self,
+        name: tuple[Any, ...],
+        eager: _Run,
+        compile_for: Callable[[tuple[Any, ...]], _Variant],
+        *,
+        packs: bool,
     ) -> None:
+        """packs: whether its numbers travel in a tensor, so that code does not depend on them."""
         self._name, self._eager, self._compile_for = name, eager, compile_for
+        self._packs = packs
         self._known: dict[tuple[Any, ...], _Run] = {}
         """Form of arguments -> what runs the code compiled for them, and nothing else."""
 
     def __call__(self, *args: Any) -> Any:
         if _get_current_dispatch_mode() is not None:  # FlopCounterMode: Dynamo refuses under one
             return self._eager(*args)
-        form = form_of(args)
+        form = form_of(args, packed=self._packs)
         known = self._known.get(form)
         if known is None:
             return self._first(form, args)
@@ -186,7 +194,7 @@ def _graph_piece(module: fx.GraphModule) -> _Piece:
         run(*_copies(args, torch._dynamo.maybe_mark_dynamic))
         return _Variant(run, lambda values: values)
 
-    return _Piece((module,), module, variant)
+    return _Piece((module,), module, variant, packs=False)
 
 
 def _kind(value: Any) -> Any:
@@ -279,4 +287,3 @@ def reset() -> None:
         _told.clear()
         _piece.cache_clear()
         _graph_piece.cache_clear()
-        _failure = None

@@ -3,8 +3,7 @@
 At every call Dynamo checks what its code depends on. That takes 60 us in a loop of nothing else,
 and 500 us behind a matrix product, which leaves none of it in the caches (benchmarks/NOTES.md). A
 piece depends on nothing but the form of its arguments, so what Dynamo chose for a form once is
-right for it again. Private API: `torch._inductor.compile_fx`; tried on torch 2.11,
-2.13 and 2.15.
+right for it again. Private API: `torch._inductor.compile_fx`; tried on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -53,8 +52,9 @@ def compiled(fn: Run, options: dict[str, Any]) -> Run:
     return torch.compile(fn, dynamic=True, fullgraph=True, backend=inductor)
 
 
-def form_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """All that compiled code may depend on in a call: of numbers their types."""
+def form_of(args: tuple[Any, ...], *, packed: bool) -> tuple[Any, ...]:
+    """All that compiled code may depend on in a call; not the floats where they are `packed` in a
+    tensor."""
     return (
         torch.get_num_threads(),
         torch.is_grad_enabled(),
@@ -63,7 +63,7 @@ def form_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
         *[
             (type(a), a.dtype, a.shape, a.stride(), a.device)
             if isinstance(a, Tensor)
-            else a if isinstance(a, int) else type(a)
+            else type(a) if packed and isinstance(a, float) else a
             for a in args
         ],
     )  # fmt: skip
