@@ -180,8 +180,8 @@ def cache_chunk(shape: HeadShape, limits: DeviceLimits) -> int:
     """Outputs whose weight and chunk temporaries fit the cache share; at least the minimum.
 
     More, where the logits are so large that it hardly counts: what starting a product costs weighs
-    more than misses, up to `ENOUGH_LOGITS` a chunk on a CPU and `ENOUGH_OPERATIONS` on a GPU
-    (benchmarks/NOTES.md).
+    more than misses, up to `ENOUGH_LOGITS` a chunk on a CPU and `ENOUGH_OPERATIONS` on a GPU. Fewer
+    on a CPU where a chunk's weights are decoded (benchmarks/NOTES.md).
     """
     fixed, slope = _line(shape, temporary_formulas(shape))
     per_output = slope + shape.number(shape.weight_dtype.itemsize * D)
