@@ -15,7 +15,8 @@ from types import FrameType
 
 ENTRY = "torch/_dynamo/eval_frame.py"
 COMPILER = "torch/_dynamo/convert_frame.py"
-MACHINERY = ("torch/_dynamo/", "/contextlib.py")
+MACHINERY = ("torch/_dynamo/", "torch/nn/modules/module.py", "/contextlib.py")
+"""What runs between a call and its first graph: dispatch to a module's `forward` included."""
 
 
 class _State(threading.local):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elmo_compile import report
-from elmo_compile.report import Section
+from elmo_compile.report import Section, calls
 from elmo_compile.report.calls import current_call
 
 
@@ -81,3 +81,29 @@ def test_a_recompilation_is_a_call_of_its_own():
     compiled(torch.ones(3))
     compiled(torch.ones(4))
     assert names() == [["sin"], ["sin"]]
+
+
+class Broken(torch.nn.Module):
+    def forward(self, x):
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+
+def test_calls_of_a_module_are_told_apart_though_their_frames_have_one_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    groups = []
+
+    def backend(graph, inputs):
+        groups.append(calls.current_call())
+        return graph
+
+    monkeypatch.setattr(calls, "id", lambda frame: 7, raising=False)
+    run = torch.compile(Broken(), backend=backend, dynamic=False)
+    run(torch.ones(2, 3))
+    run(torch.ones(5, 3))
+    first, second, third, fourth = groups
+    assert first == second
+    assert third == fourth
+    assert first != third
