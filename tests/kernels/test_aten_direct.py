@@ -111,7 +111,7 @@ def test_another_number_of_threads_is_another_form(by_dynamo: list[int]) -> None
 
 def test_what_was_compiled_for_arguments_that_share_memory_is_for_them_alone() -> None:
     """AOTAutograd compiles a function of the memory they have in common."""
-    run = direct.compiled(lambda a, b: a.add_(b), {})
+    run = direct.by_inductor(lambda a, b: a.add_(b), {})
     base = torch.arange(8.0)
     result, known = direct.recorded(run, (base[:6], base[2:]))
     assert known is None

@@ -65,7 +65,9 @@ class ChunkUpdate:
         self._w = form.of(w_LD)
         self._seen = [s if isinstance(s, Blockwise) else form.of(s) for s in self._state]
         compensation = update.compensation
-        self._c = form.of(compensation) if update.compensates_all else None  # type: ignore[arg-type]
+        self._c: Tensor | None = None
+        if compensation is not None and update.kahan_rows is None:
+            self._c = form.of(compensation)
         rounded = update.rounding == "stochastic" and not update.compensates_all
         needed: list[tuple[int, Any]] = [
             (philox.WEIGHT, w_LD if rounded else None),

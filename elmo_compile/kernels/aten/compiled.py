@@ -3,7 +3,8 @@
 A piece is a plain function of tensors, numbers and None; the same source runs eagerly and
 compiled. Each distinct use (which arguments are None, which dtypes, which flags) is compiled once,
 with every size symbolic, so that neither N, L, D, a ragged last chunk, a learning rate nor a step
-compiles again. Private APIs: `torch._dynamo`, `torch._C`; tried on torch 2.13.
+compiles again. Private APIs: `torch._dynamo`, `torch._C`; tried on torch 2.11,
+2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.fx as fx
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from elmo_compile.kernels.aten.direct import compiled, form_of, recorded
+from elmo_compile.kernels.aten.direct import by_inductor, form_of, recorded
 from elmo_compile.kernels.aten.traced_once import values_traced_once
 
 SMALL = 1 << 20
@@ -212,7 +213,7 @@ def _compiler(fn: Callable[..., Any]) -> _Run:
     Nothing records gradients here, and Dynamo guards on the dispatch keys that are left: a first
     call inside an op and the calls after it, or an optimizer's, would be two variants.
     """
-    made = compiled(fn, _INDUCTOR)
+    made = by_inductor(fn, _INDUCTOR)
 
     def run(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowADInplaceOrView():

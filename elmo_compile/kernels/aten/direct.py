@@ -32,7 +32,7 @@ class _Seen(threading.local):
 _seen = _Seen()
 
 
-def compiled(fn: Run, options: dict[str, Any]) -> Run:
+def by_inductor(fn: Run, options: dict[str, Any]) -> Run:
     """`fn` for `torch.compile`, with every size symbolic and these options of Inductor's."""
 
     def inductor(graph: Any, inputs: list[Any]) -> Run:
@@ -70,8 +70,8 @@ def form_of(args: tuple[Any, ...], *, packed: bool) -> tuple[Any, ...]:
 
 
 def recorded(run: Run, args: tuple[Any, ...]) -> tuple[Any, Run | None]:
-    """What `run`, made by `compiled`, returns; and a function that does the same for arguments of
-    the same form, or None where that is not known to be right."""
+    """What `run`, made by `by_inductor`, returns; and a function that does the same for arguments
+    of the same form, or None where that is not known to be right."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     memory = {t.untyped_storage().data_ptr() for t in tensors}
     _seen.shares_memory, _seen.call = len(memory) < len(tensors), None
