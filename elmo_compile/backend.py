@@ -140,8 +140,9 @@ def _analyze(gm: fx.GraphModule, options: Options) -> Analysis:
 
 
 def _needs_runtime(analysis: Analysis) -> bool:
-    """Whether anything is to be replaced: a head, or a converted head's weight by its carrier."""
-    if analysis.heads or analysis.deferred:
+    """Whether anything is to be replaced: a head, a converted head's weight by its carrier, or a
+    sharded one's by this process's part."""
+    if analysis.heads or analysis.deferred or analysis.localized:
         return True
     converted = any(unmatched_lowp(site.module, ()) for site in sites(analysis.module))
     return converted and torch.is_grad_enabled()

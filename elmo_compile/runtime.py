@@ -30,6 +30,7 @@ from elmo_compile.ops.holders import in_a_module
 from elmo_compile.ops.kept import Tops, collecting
 from elmo_compile.ops.linear import carry
 from elmo_compile.ops.owners import Owner, live_owners, owner_of
+from elmo_compile.ops.shards import local_of, local_part
 from elmo_compile.ops.unfused import note
 from elmo_compile.passes.defer import same_logits
 from elmo_compile.passes.find import is_matrix, weight_inputs
@@ -178,11 +179,16 @@ class CompiledGraph:
 
     def _arguments(self, variant: Rewritten, inputs: Sequence[Any]) -> list[Any]:
         """The variant's inputs: fused weights left out, carried ones detached, extras behind."""
-        arguments = [
-            value.detach() if position in variant.detached else value
-            for position, value in enumerate(inputs)
-            if position not in variant.dropped
-        ]
+        localized = self.analysis.localized
+        arguments = []
+        for position, value in enumerate(inputs):
+            if position in variant.dropped:
+                continue
+            if position in variant.detached:
+                value = local_of(value)
+            elif position in localized:
+                value = local_part(value)
+            arguments.append(value)
         opened: dict[int, dict[str, Tensor]] = {}
         for extra in variant.extras:
             weight = inputs[extra.weight_input]
@@ -299,10 +305,11 @@ def _owner(head: PlannedHead, weight: Tensor, inputs: Sequence[Any]) -> tuple[Ow
     for reason, applies in _CALL_REASONS:
         if applies(weight):
             return None, reason
-    reason = _data_parallel(weight, at_step=owner.policy().at_step)
-    if reason:
-        return None, reason
-    storage = weight.untyped_storage().data_ptr()
+    if not head.shard:  # else its processes make one update of its gradients' mean
+        reason = _data_parallel(weight, at_step=owner.policy().at_step)
+        if reason:
+            return None, reason
+    storage = _storage(local_of(weight))
     for position, other in enumerate(inputs):
         if position == head.weight_input or not isinstance(other, Tensor):
             continue

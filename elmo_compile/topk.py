@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from elmo_compile import kernels
 from elmo_compile.errors import InputError, OptionError
+from elmo_compile.ops.collectives import gather_rows, swap
+from elmo_compile.ops.shards import Agreement, LabelShard, is_sharded, local_of
 from elmo_compile.planner import default_compute_dtype
 
 WEIGHT_DTYPES = (
@@ -32,11 +34,14 @@ class TopK(NamedTuple):
 def topk(features: Tensor, weight: Tensor, k: int, *, bias: Tensor | None = None) -> TopK:
     """The k largest of `x W^T + b` for each row, scored a chunk of outputs at a time.
 
+    With the weight of a sharded head (`elmo_compile.distributed.shard_head`) every process calls it
+    with rows of its own, and gets the largest of all outputs for them.
+
     Args:
         features: x [..., D], floating point.
         weight: W [L, D], float32, bfloat16, float16, float8_e4m3fn or float64.
         k: at least 1, at most L.
-        bias: b [L], or None.
+        bias: b [L], or None; sharded where the weight is.
 
     Returns:
         TopK of float32 values and int64 indices, each [..., k]. No gradient flows.
@@ -45,6 +50,54 @@ def topk(features: Tensor, weight: Tensor, k: int, *, bias: Tensor | None = None
         InputError: shapes or devices that do not fit.
         OptionError: k is no int in [1, L].
     """
+    if is_sharded(weight):
+        return _of_shards(features, weight, k, bias)
+    _check(features, weight, k, bias)
+    shape = (*features.shape[:-1], k)
+    rows = features.detach().reshape(-1, features.shape[-1])
+    values, indices = _largest(rows, weight.detach(), k, bias)
+    return TopK(values.reshape(shape), indices.reshape(shape))
+
+
+def _of_shards(features: Tensor, weight: Any, k: int, bias: Any) -> TopK:
+    """The same of a weight whose rows are spread over processes: each finds the largest of its own,
+    and sends them where the row is."""
+    by_rows = weight.device_mesh.ndim == 1 and weight.placements[0].is_shard(0)
+    if not by_rows or not (bias is None or is_sharded(bias)):
+        raise InputError(
+            f"topk: a DTensor weight with {weight.placements}, bias {type(bias).__name__}; "
+            "accepted: Shard(0) over a mesh of one dimension, and a bias sharded likewise"
+        )
+    shard = LabelShard.of(weight)
+    with Agreement(shard.group, weight.device) as agreement:
+        _check(features, weight, k, bias)
+        rows = features.detach().reshape(-1, features.shape[-1])
+        same = k, rows.shape[1], rows.dtype, weight.dtype, bias is None
+        agreement.tell(rows.shape[0], same=same)
+    counts = agreement.told(0)
+    x_AD = torch.cat(gather_rows(rows, counts, shard.group))
+    values, indices = _largest(
+        x_AD, local_of(weight), min(k, shard.count), None if bias is None else local_of(bias)
+    )
+    found = [
+        torch.cat(
+            swap(
+                torch.split(part, counts),
+                [(rows.shape[0], min(k, last - first)) for first, last in shard.bounds],
+                shard.group,
+            ),
+            1,
+        )
+        for part in (values, indices + shard.first)
+    ]
+    # Of equal logits those of lower index come first: processes are in the order of their outputs.
+    values, order = found[0].sort(dim=1, descending=True, stable=True)
+    shape = (*features.shape[:-1], k)
+    indices = found[1].gather(1, order[:, :k])
+    return TopK(values[:, :k].reshape(shape), indices.reshape(shape))
+
+
+def _check(features: Tensor, weight: Tensor, k: int, bias: Tensor | None) -> None:
     if weight.dim() != 2 or features.dim() < 1 or features.shape[-1] != weight.shape[1]:
         raise InputError(
             f"topk: features {tuple(features.shape)} do not fit weight {tuple(weight.shape)}; "
@@ -64,14 +117,16 @@ def topk(features: Tensor, weight: Tensor, k: int, *, bias: Tensor | None = None
         )
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= weight.shape[0]:
         raise OptionError(f"topk: k={k!r}; accepted: an int from 1 to {weight.shape[0]}")
-    compute = default_compute_dtype(weight.dtype, "cuda" if weight.device.type == "cuda" else "cpu")
-    rows = features.detach().reshape(-1, features.shape[-1])
-    values, indices = kernels.select(weight.device).topk(
-        rows, weight.detach(), None if bias is None else bias.detach(), k,
-        _chunk(rows.shape[0], weight.device), compute,
+
+
+def _largest(x_ND: Tensor, w_LD: Tensor, k: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(values float32, indices) [N, k] of a weight that this process has whole."""
+    compute = default_compute_dtype(w_LD.dtype, "cuda" if w_LD.device.type == "cuda" else "cpu")
+    values, indices = kernels.select(w_LD.device).topk(
+        x_ND, w_LD, None if bias is None else bias.detach(), k,
+        _chunk(x_ND.shape[0], w_LD.device), compute,
     )  # fmt: skip
-    shape = (*features.shape[:-1], k)
-    return TopK(values.to(torch.float32).reshape(shape), indices.reshape(shape))
+    return values.to(torch.float32), indices
 
 
 def _chunk(rows: int, device: torch.device) -> int:

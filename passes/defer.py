@@ -31,6 +31,7 @@ from elmo_compile.passes.records import (
     Region,
     Source,
 )
+from elmo_compile.passes.shards import is_sharded_linear
 
 aten = torch.ops.aten
 
@@ -98,6 +99,8 @@ def defer_outputs(
         return ()
     found: dict[int, _Slice] = {}
     for region in find_regions(module, options.min_outputs):
+        if is_sharded_linear(region.seed):
+            continue  # who read the logits of a sharded head would wait for the other processes
         for position, node in enumerate(results):
             if region.site.path or position in keep or node not in region.nodes:
                 continue

@@ -23,6 +23,7 @@ from elmo_compile.passes.find import is_huge
 from elmo_compile.passes.graphs import tensor_of
 from elmo_compile.passes.match.refuse import NoMatch
 from elmo_compile.passes.records import Region
+from elmo_compile.passes.shards import reads_dtensors
 from elmo_compile.report.records import Code, Refusal
 
 _IN_PLACE_OPERATORS = frozenset(
@@ -37,13 +38,24 @@ _TRANSFORMS = ("_grad", "_vmap", "_jvp", "_functionalization")
 def check_hazards(region: Region) -> Refusal | None:
     """The first hazard of a region, or None."""
     no = (
-        _escaping_logits(region)
+        _read_as_dtensor(region)
+        or _escaping_logits(region)
         or _unread(region)
         or _detour(region)
         or _written_inputs(region)
         or _transformed(region)
     )
     return None if no is None else no.refusal(region.seed)
+
+
+def _read_as_dtensor(region: Region) -> NoMatch | None:
+    if not reads_dtensors(region.seed):
+        return None
+    return NoMatch(
+        Code.WEIGHT_SHARED, region.seed,
+        "something else in the graph reads the weight or bias of this sharded head",
+        "read it outside the compiled function",
+    )  # fmt: skip
 
 
 def _escaping_logits(region: Region) -> NoMatch | None:

@@ -31,6 +31,7 @@ from elmo_compile.passes.records import (
     ProgramMatch,
     Region,
 )
+from elmo_compile.passes.shards import is_sharded_linear, localize
 from elmo_compile.passes.weights import store_by_outputs
 from elmo_compile.report.records import Code, Refusal
 
@@ -48,6 +49,8 @@ class Analysis:
     """Outputs of the largest linear layer, where none has `min_outputs`."""
     left: tuple[tuple[int, str], ...] = ()
     """Inputs of the graph that are weights of linear layers left as they are, and why."""
+    localized: frozenset[int] = frozenset()
+    """Inputs of the graph that are passed as this process's part of a DTensor."""
 
 
 def _check(item: Region, options: Options) -> Region | Refusal:
@@ -63,6 +66,12 @@ def _match(item: AtenRegion, options: Options) -> HeadMatch | ProgramMatch | Ref
     known = match_region(item)
     if isinstance(known, HeadMatch) or item.region.tail or known.code not in _PERHAPS_A_PROGRAM:
         return known
+    if is_sharded_linear(item.region.seed):
+        return dataclasses.replace(
+            known,
+            reason=f"{known.reason}; only binary and softmax cross entropy run over a sharded head",
+            remedy="one of these losses; or a head that every process has whole",
+        )
     return match_program(item)
 
 
@@ -91,6 +100,7 @@ def analyze(module: fx.GraphModule, options: Options) -> Analysis:
     by_outputs = True
     while True:
         copy = copy_module(module)
+        localized = localize(copy)
         by_outputs = by_outputs and store_by_outputs(copy, options.min_outputs)
         taken = [
             (output, _plan_top(output, options)) for output in defer_outputs(copy, options, keep)
@@ -104,7 +114,11 @@ def analyze(module: fx.GraphModule, options: Options) -> Analysis:
         useless = {o.position for o, top in taken if top is None or o.seed in remaining}
         if not useless:
             planned = tuple((output, top) for output, top in taken if top is not None)
-            return dataclasses.replace(analysis, deferred=planned)
+            return dataclasses.replace(
+                analysis,
+                deferred=planned,
+                localized=localized,
+            )
         keep |= useless
 
 

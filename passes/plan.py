@@ -18,7 +18,9 @@ from elmo_compile.config import LossValue, Options
 from elmo_compile.numerics.features import FP8
 from elmo_compile.numerics.losses import CE
 from elmo_compile.passes.graphs import hint, hints, source_of, tensor_of
+from elmo_compile.passes.match.linear import HEAD_OPS
 from elmo_compile.passes.records import HeadMatch, PlannedHead, ProgramMatch, Region
+from elmo_compile.passes.shards import is_sharded_linear, shard_of
 from elmo_compile.planner import (
     HeadShape,
     Plan,
@@ -52,7 +54,8 @@ def plan_match(match: HeadMatch | ProgramMatch, options: Options) -> PlannedHead
         if isinstance(found, PlanRefusal):
             return _refuse(match, Code.BUDGET, found.reason, found.remedy)
         plans.append(found)
-    carried = match.region.seed.target is torch.ops.elmo.lowp_linear.default
+    shard = shard_of(match.region.seed)
+    carried = match.region.seed.target in HEAD_OPS
     placeholder = match.weight_placeholder
     loss_output = None
     if isinstance(match, HeadMatch) and not match.region.site.path:
@@ -75,7 +78,18 @@ def plan_match(match: HeadMatch | ProgramMatch, options: Options) -> PlannedHead
         loss_value=value,
         loss_output=loss_output,
         unfusable=why_unfusable(match, weight, compute),
-        notes=notes,
+        notes=notes + _spread(match),
+        shard="" if shard is None else shard.encode(),
+    )
+
+
+def _spread(match: HeadMatch | ProgramMatch) -> tuple[str, ...]:
+    shard = shard_of(match.region.seed)
+    if shard is None:
+        return ()
+    return (
+        f"the outputs are spread over {shard.world} processes, of which this one has "
+        f"{shard.count}; the features and targets of all are gathered, in forward and in backward",
     )
 
 
@@ -146,13 +160,9 @@ def returned_at(node: fx.Node) -> int | None:
 
 
 def unmatched_lowp(module: fx.GraphModule, taken: Iterable[fx.Node]) -> list[fx.Node]:
-    """Converted heads that stay: nodes of `elmo::lowp_linear` no region has replaced."""
+    """Converted and sharded heads that stay: products no region has replaced."""
     skip = set(taken)
-    return [
-        node
-        for node in module.graph.nodes
-        if node.target is torch.ops.elmo.lowp_linear.default and node not in skip
-    ]
+    return [node for node in module.graph.nodes if node.target in HEAD_OPS and node not in skip]
 
 
 def _value(
@@ -160,6 +170,12 @@ def _value(
 ) -> tuple[LossValue, tuple[str, ...]]:
     if match.loss.name == CE or isinstance(match, ProgramMatch) or options.loss_value == "exact":
         return "exact", ()
+    if options.loss_value == "auto" and is_sharded_linear(match.region.seed):
+        # A loss that one process reads before backward() would wait for the others.
+        return "exact", (
+            "the loss is computed in forward, by a product of its own: in a sharded head all "
+            "processes compute it together. loss_value='deferred' saves the product",
+        )
     if loss_output is None:
         why = "loss_value='deferred' was refused: the loss is not returned as it is"
         return "exact", (why,) if options.loss_value == "deferred" else ()
@@ -180,6 +196,10 @@ def _shape(
 ) -> HeadShape:
     L, D = hints(weight.shape)
     rows, numbers = _size(match.rows, "n")
+    shard = shard_of(match.region.seed)
+    if shard is not None:  # the rows of all processes, this one's outputs
+        L = shard.count
+        rows = rows * shard.world
     positives: Any = 0
     dense = torch.float32
     program: ProgramSize | None = None
@@ -240,6 +260,8 @@ def _may_form_gradients_at_once(
     gradient carries the scale that keeps them from underflowing.
     """
     if isinstance(match, ProgramMatch) or match.loss.reduction == "none":
+        return False
+    if is_sharded_linear(match.region.seed):
         return False
     if match.region.site.path or not match.region.grad_enabled:
         return False

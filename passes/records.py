@@ -197,6 +197,8 @@ class PlannedHead:
     unfusable: str
     """Why this head's update may never be fused in this graph; empty if it may."""
     notes: tuple[str, ...] = ()
+    shard: str = ""
+    """How the outputs are spread over processes (`LabelShard.encode`); empty for a whole head."""
 
     @property
     def deferred(self) -> bool:

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": {"deferred", "lowering", "passes", "ops"},
     "backend": {"lowering", "runtime", "passes", "ops", "planner", "report"},
     "explain": {"backend", "report"},
-    "topk": {"kernels", "planner", "numerics"},
+    "topk": {"kernels", "ops", "planner", "numerics"},
     "integrations": {"backend"},
     "metrics": set(),
     "bench": {"kernels", "optim", "planner", "numerics"},

@@ -48,10 +48,8 @@ def ignore_heads(
         ElmoError: it is not clear which layer is meant.
     """
     chosen = [find_head(model, name, who="ignore_heads") for name in names or (None,)]
-    ignored = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     for path, head in chosen:
-        own = f"{path}.weight" if path else "weight"
-        ignored += [own, f"_orig_mod.{own}"]  # the second: as a compiled model names it
+        ignore_parameters(model, [f"{path}.weight" if path else "weight"])
         if dist.is_available() and dist.is_initialized():
             with torch.no_grad():
                 stored = head.weight.detach()
@@ -60,5 +58,12 @@ def ignore_heads(
                 dist.broadcast(raw, src=first, group=process_group)
                 torch.autograd.graph.increment_version(head.weight)
         refuse_gradient(head.weight, process_group)
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]
     return model
+
+
+def ignore_parameters(model: nn.Module, names: Sequence[str]) -> None:
+    """Let a DistributedDataParallel around `model` leave these parameters alone."""
+    ignored = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    for name in names:
+        ignored += [name, f"_orig_mod.{name}"]  # the second: as a compiled model names it
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]

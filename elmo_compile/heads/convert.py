@@ -66,7 +66,10 @@ def convert_head(
     path, head = find_head(model, name)
     if name is None:
         _check_no_table_is_the_head(model, path, head.out_features)
-    _check_convertible(model, path, head)
+    if isinstance(head, LowPrecisionLinear):
+        where = path or "the head"
+        raise ElmoError(f"convert_head: {where} is converted already, to {head.storage_dtype}")
+    check_replaceable(model, path, head, "convert_head", "converted")
     new = LowPrecisionLinear.of(head, dtype)
     with torch.no_grad():
         lost = _fill(new.weight, None if init == "zeros" else head.weight, rounding, seed)
@@ -80,7 +83,7 @@ def convert_head(
             "convert_head: %.1f %% of the weights of %s were not zero and became zero in %s",
             100 * lost, path or "the head", dtype,
         )  # fmt: skip
-    return _replace(model, path, new)
+    return replace_head(model, path, new)
 
 
 def dequantize_head(model: M, dtype: torch.dtype = torch.float32, *, name: str | None = None) -> M:
@@ -113,7 +116,7 @@ def dequantize_head(model: M, dtype: torch.dtype = torch.float32, *, name: str |
         if has_bias:
             new.bias = nn.Parameter(head.bias.detach().to(dtype), head.bias.requires_grad)
         new.train(head.training)
-        model = _replace(model, path, new)
+        model = replace_head(model, path, new)
     return model
 
 
@@ -175,19 +178,24 @@ def _check_no_table_is_the_head(model: nn.Module, path: str, outputs: int) -> No
         )
 
 
-def _check_convertible(model: nn.Module, path: str, head: nn.Linear) -> None:
+def check_replaceable(model: nn.Module, path: str, head: nn.Linear, who: str, what: str) -> None:
+    """Raise ElmoError where a head cannot be replaced by one of another class.
+
+    Args:
+        who: is to replace it.
+        what: it would be then.
+    """
     where = path or "the head"
-    if isinstance(head, LowPrecisionLinear):
-        raise ElmoError(f"convert_head: {where} is converted already, to {head.storage_dtype}")
-    if parametrize.is_parametrized(head) or type(head) is not nn.Linear:
+    plain = type(head) in (nn.Linear, LowPrecisionLinear)
+    if parametrize.is_parametrized(head) or not plain:
         raise ElmoError(
-            f"convert_head: {where} is a {type(head).__name__}; only a plain nn.Linear without "
-            "parametrisations can be converted"
+            f"{who}: {where} is a {type(head).__name__}; only a plain nn.Linear without "
+            f"parametrisations can be {what}"
         )
     readers = [n for n, p in model.named_parameters(remove_duplicate=False) if p is head.weight]
     if len(readers) > 1:
         raise ElmoError(
-            f"convert_head: the weight of {where} is tied ({readers}); a low-precision head must "
+            f"{who}: the weight of {where} is tied ({readers}); a head that is {what} must "
             "own its weight. Untie it first, e.g. "
             "head.weight = nn.Parameter(head.weight.detach().clone())"
         )
@@ -200,11 +208,10 @@ def _check_convertible(model: nn.Module, path: str, head: nn.Linear) -> None:
         head.weight._post_accumulate_grad_hooks,
     )
     if any(hooks):
-        raise ElmoError(f"convert_head: {where} has hooks, which would be lost; remove them first")
-    owner = owner_of(head.weight)
-    if owner is not None:
+        raise ElmoError(f"{who}: {where} has hooks, which would be lost; remove them first")
+    if owner_of(head.weight) is not None:
         raise ElmoError(
-            f"convert_head: an optimizer owns the weight of {where} already; convert before "
+            f"{who}: an optimizer owns the weight of {where} already; call it before "
             "constructing the optimizer"
         )
 
@@ -243,7 +250,7 @@ def _row_blocks(values: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield block, values[block]
 
 
-def _replace(model: M, path: str, new: nn.Module) -> M:
+def replace_head(model: M, path: str, new: nn.Module) -> M:
     if not path:
         return new  # type: ignore[return-value]
     parent, _, child = path.rpartition(".")

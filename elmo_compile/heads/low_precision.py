@@ -68,21 +68,8 @@ class LowPrecisionLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> LowPrecisionLinear:
         """Apply a move or cast, but keep the storage dtypes."""
-        super()._apply(self._keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
         return self
-
-    def _keeping_dtype(self, fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def apply(tensor: Tensor) -> Tensor:
-            # Only the device and layout of the result matter; fp8 data never takes part in a cast.
-            probe = fn(torch.empty(0, dtype=torch.float32, device=tensor.device))
-            if tensor.is_meta:
-                return torch.empty_like(tensor, device=probe.device)
-            moved = tensor.to(device=probe.device)
-            if probe.is_shared() and not moved.is_shared():  # type: ignore[no-untyped-call]
-                moved.share_memory_()  # type: ignore[no-untyped-call]
-            return moved
-
-        return apply
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As nn.Module's; wider weights are rounded to nearest and saturate on every device."""
@@ -93,7 +80,7 @@ class LowPrecisionLinear(nn.Linear):
             and given.dtype in WIDER
             and not args[0].get("assign_to_params_buffers")
         ):
-            state_dict = {**state_dict, key: _rounded(given, self.storage_dtype)}
+            state_dict = {**state_dict, key: rounded_to(given, self.storage_dtype)}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_storage(self) -> None:
@@ -108,7 +95,23 @@ class LowPrecisionLinear(nn.Linear):
         return f"{super().extra_repr()}, storage_dtype={self.storage_dtype}"
 
 
-def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+def keeping_dtype(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """What moves a tensor as `fn` does, but leaves its dtype."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        # Only the device and layout of the result matter; fp8 data never takes part in a cast.
+        probe = fn(torch.empty(0, dtype=torch.float32, device=tensor.device))
+        if tensor.is_meta:
+            return torch.empty_like(tensor, device=probe.device)
+        moved = tensor.to(device=probe.device)
+        if probe.is_shared() and not moved.is_shared():  # type: ignore[no-untyped-call]
+            moved.share_memory_()  # type: ignore[no-untyped-call]
+        return moved
+
+    return apply
+
+
+def rounded_to(values: Tensor, dtype: torch.dtype) -> Tensor:
     """`round_nearest`, some rows at a time: its temporaries are several float32 copies."""
     out = torch.empty(values.shape, dtype=dtype, device=values.device)
     for rows, block in zip(torch.split(out, _ROWS), torch.split(values, _ROWS)):

@@ -15,6 +15,7 @@ _OPS = (
     "linear",
     "multi_hot",
     "scale",
+    "sharded_linear",
 )
 
 

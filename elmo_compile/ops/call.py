@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from elmo_compile.kernels.problem import Forward, HeadProblem
 from elmo_compile.numerics.features import FP8, round_features
 from elmo_compile.numerics.losses import BCE, CE, LossSpec
 from elmo_compile.ops.kept import KEPT, collector
+from elmo_compile.ops.shards import Spread
 
 NO_SECOND_DERIVATIVE = (
     "a backward with create_graph=True reached a huge head's loss; elmo_compile has no second "
@@ -34,15 +36,21 @@ def accumulate_dtype(compute: torch.dtype) -> torch.dtype:
     return torch.float64 if compute == torch.float64 else torch.float32
 
 
-def loss_pass(problem: HeadProblem, held: Tensor | None = None) -> Forward:
+def loss_pass(
+    problem: HeadProblem, spread: Spread, hold: Callable[[Tensor], None] | None = None
+) -> Forward:
     """The loss of each row and its statistics; each row's largest logits too, if anyone wants them
-    and the device's kernels can. `held`, if given, is filled with the logits."""
+    and the device's kernels can. `hold`, if given, is handed the logits for the backward."""
     from elmo_compile import kernels
 
     family, top = kernels.select(problem.x_ND.device), new_top_rows(problem)
+    problem = spread.gathered(problem)
+    held = None if hold is None else family.new_held(problem)
     wanted = {"top": top, "held": held}
     given = {name: value for name, value in wanted.items() if value is not None}
-    made: Forward = family.forward(problem, **given)
+    made = spread.combined(family.forward(problem, **given))
+    if hold is not None and held is not None:
+        hold(held)
     return made
 
 
@@ -73,11 +81,16 @@ def make_problem(
     compute: torch.dtype,
     *,
     wide_dw: bool = False,
+    num_outputs: int | None = None,
 ) -> HeadProblem:
-    """Check one call's tensors and express sparse targets as sorted pairs. Raises InputError."""
+    """Check one call's tensors and express sparse targets as sorted pairs. Raises InputError.
+
+    Args:
+        num_outputs: that targets may name; None: as many as the weight has rows.
+    """
     from elmo_compile.kernels.targets import check_targets, positives_of
 
-    N, L = x_ND.shape[0], w_LD.shape[0]
+    N, L = x_ND.shape[0], w_LD.shape[0] if num_outputs is None else num_outputs
     _check_operands(x_ND, w_LD, b_L)
     _check_target(spec, target, N, L)
     devices = {str(t.device) for t in (x_ND, w_LD, b_L, target, target_aux) if t is not None}

@@ -10,6 +10,7 @@ declared mutated by the backward op, which keeps it from being removed, merged o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from elmo_compile.ops.data_parallel import group_of, number_of, wrapper_of
 from elmo_compile.ops.head_loss import fake_outputs
 from elmo_compile.ops.owners import Owner, new_serial, owner_by_key
 from elmo_compile.ops.second_pass import keep_head
+from elmo_compile.ops.shards import Spread, spread_of
 
 UNCAPTURED = (torch.Tag.cudagraph_unsafe,)
 """Tags of ops with a fused update, which Inductor leaves out of its own CUDA graphs: a replay would
@@ -91,7 +93,7 @@ def serial_if_deferred(handle: Tensor) -> int | None:
     tags=UNCAPTURED,
     schema="(Tensor x, Tensor? bias, Tensor target, Tensor? target_aux, Tensor anchor, "
     "Tensor handle, Tensor sink, str loss, float scale, SymInt divisor, int chunk, "
-    "ScalarType compute, bool deferred, bool hold) -> (Tensor loss, Tensor stats)",
+    "ScalarType compute, bool deferred, bool hold, str shard='') -> (Tensor loss, Tensor stats)",
 )
 def fused_head_loss(
     x: Tensor,
@@ -108,24 +110,28 @@ def fused_head_loss(
     compute: torch.dtype,
     deferred: bool,
     hold: bool,
+    shard: str = "",
 ) -> tuple[Tensor, Tensor]:
-
-    from elmo_compile import kernels
-
-    spec = LossSpec.decode(loss)
-    weight = owner_by_key(int(handle[0])).param.detach()
-    problem = make_problem(x, weight, bias, target, target_aux, spec, chunk, compute)
-    factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
+    spec, owner = LossSpec.decode(loss), owner_by_key(int(handle[0]))
+    weight = owner.weight
+    spread = spread_of(shard, weight)
+    L = spread.num_outputs
+    problem = spread.agreed(
+        x.device,
+        lambda: make_problem(
+            x, weight, bias, target, target_aux, spec, chunk, compute, num_outputs=L
+        ),
+    )
+    factor = row_factor(spec, target, L, x.shape[0], scale, divisor)
     if deferred and serial_if_deferred(handle) is not None and spec.name != CE:
-        _leave_value(owner_by_key(int(handle[0])), handle, problem, spec, factor)
+        if not shard:
+            _leave_value(owner, handle, problem, spec, factor)
         value, stats = fake_outputs(x, spec, compute)
         return value.fill_(float("nan")), stats
-    held = None
+    keep_logits = None
     if hold and serial_if_deferred(handle) is not None:  # a checkpoint's second run has its own
-        held = kernels.select(x.device).new_held(problem)
-    rows_N, stats_2N = loss_pass(problem, held)
-    if held is not None:
-        owner_by_key(int(handle[0])).hold(int(handle[2]), held)
+        keep_logits = functools.partial(owner.hold, int(handle[2]))
+    rows_N, stats_2N = loss_pass(problem, spread, keep_logits)
     return reduce_rows(rows_N, spec, factor), stats_2N
 
 
@@ -153,7 +159,7 @@ def _leave_value(
 def _(
     x: Tensor, bias: Any, target: Any, target_aux: Any, anchor: Any, handle: Any, sink: Any,
     loss: str, scale: float, divisor: int, chunk: int, compute: torch.dtype, deferred: bool,
-    hold: bool,
+    hold: bool, shard: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return fake_outputs(x, LossSpec.decode(loss), compute)
 
@@ -164,8 +170,8 @@ def _(
     tags=UNCAPTURED,
     schema="(Tensor grad, Tensor x, Tensor? bias, Tensor target, Tensor? target_aux, "
     "Tensor stats, Tensor handle, Tensor(a!) sink, str loss, float scale, SymInt divisor, "
-    "int chunk, ScalarType compute, bool deferred, bool hold, bool need_dx, bool need_db) "
-    "-> (Tensor dx, Tensor db)",
+    "int chunk, ScalarType compute, bool deferred, bool hold, bool need_dx, bool need_db, "
+    "str shard='') -> (Tensor dx, Tensor db)",
 )
 def fused_head_loss_backward(
     grad: Tensor,
@@ -185,6 +191,7 @@ def fused_head_loss_backward(
     hold: bool,
     need_dx: bool,
     need_db: bool,
+    shard: str = "",
 ) -> tuple[Tensor, Tensor]:
     from elmo_compile import kernels
 
@@ -192,37 +199,51 @@ def fused_head_loss_backward(
     key, ticket, serial, at_once, version, wrapper = handle.tolist()
     need_value = deferred and not at_once and spec.name != CE
     owner = owner_by_key(key)
-    weight = owner.param.detach()
-    problem = make_problem(x, weight, bias, target, target_aux, spec, chunk, compute)
-    problem = dataclasses.replace(problem, capturable=owner.policy().capturable)
-    factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
+    weight, policy = owner.weight, owner.policy()
+    spread = spread_of(shard, weight)
+    L = spread.num_outputs
+    wanted = weight_is_wanted(owner)
+
+    def checked() -> HeadProblem:
+        owner.check_values(ticket, version)
+        if wanted and policy.at_step:
+            owner.check_keep(ticket)
+        elif wanted:
+            owner.check_ticket(ticket)
+        return make_problem(
+            x, weight, bias, target, target_aux, spec, chunk, compute, num_outputs=L
+        )
+
+    problem = spread.agreed(x.device, checked)
+    problem = dataclasses.replace(problem, capturable=policy.capturable)
+    factor = row_factor(spec, target, L, x.shape[0], scale, divisor)
     scale_N = row_scale(grad, spec, target, factor, x.shape[0])
-    owner.check_values(ticket, version)
+    bad_labels = _bad_labels(spread, spec, target, target_aux, x)
+    problem = spread.gathered(problem)
+    stats, scale_N = spread.gathered_rows(stats, scale_N)
     family = kernels.select(x.device)
     held = owner.take_held(serial) if hold else None
     given = {} if held is None else {"held": held}
-    wanted = weight_is_wanted(owner)
     # What is not finite in the logits' gradient reaches dx; else db, which costs no product.
     sums = need_db or (wanted and not need_dx)
-    if not wanted or owner.policy().at_step:
-        if wanted:
-            owner.check_keep(ticket)
+    if not wanted or policy.at_step:
         made = family.backward(
             problem, stats, scale_N, need_dx=need_dx, need_dw=False, need_db=sums,
-            need_value=need_value, need_norm=wanted and owner.policy().clips, **given,
+            need_value=need_value, need_norm=wanted and policy.clips, **given,
         )  # fmt: skip
-        dx, db, rows_N = made.dx_ND, made.db_L, made.rows_N
+        dx, db, rows = made.dx_ND, made.db_L, made.rows_N
         if wanted:
-            wrong = _wrong(problem, target, target_aux, scale_N) | ~_all_finite(dx, db)
-            owner.keep(keep_head(problem, stats, scale_N, made.norm2, wrong), group_of(wrapper))
-        if rows_N is not None:
-            owner.fill_loss(serial, reduce_rows(rows_N, spec, factor))
+            wrong = _wrong(problem, scale_N, bad_labels) | ~_all_finite(spread, dx, db)
+            # What a sharded head keeps is of all processes already.
+            group = None if shard else group_of(wrapper)
+            owner.keep(keep_head(problem, stats, scale_N, made.norm2, wrong), group)
+        if rows is not None:
+            owner.fill_loss(serial, reduce_rows(spread.row_losses(rows), spec, factor))
     else:
-        owner.check_ticket(ticket)
-        guard = _guard(owner, problem, target, target_aux, scale_N, deferred=need_value)
+        guard = _guard(owner, problem, scale_N, bad_labels, deferred=need_value)
         update = owner.next_update()
         with owner.applying(serial, **guard):
-            dx, db, rows_N = family.backward_update(
+            dx, db, rows = family.backward_update(
                 problem,
                 stats,
                 scale_N,
@@ -233,11 +254,11 @@ def fused_head_loss_backward(
                 **guard,
                 **given,
             )
-            if rows_N is not None:
-                owner.fill_loss(serial, reduce_rows(rows_N, spec, factor))
-        owner.notice_stored(_all_finite(dx, db), **guard)
+            if rows is not None:
+                owner.fill_loss(serial, reduce_rows(spread.row_losses(rows), spec, factor))
+        owner.notice_stored(_all_finite(spread, dx, db), **guard)
     return (
-        x.new_empty(0) if dx is None else dx.to(x.dtype),
+        x.new_empty(0) if dx is None else spread.features(dx).to(x.dtype),
         x.new_empty(0) if db is None or bias is None or not need_db else db.to(bias.dtype),
     )
 
@@ -246,7 +267,7 @@ def fused_head_loss_backward(
 def _(
     grad: Tensor, x: Tensor, bias: Tensor | None, target: Any, target_aux: Any, stats: Any,
     handle: Any, sink: Any, loss: str, scale: float, divisor: int, chunk: int,
-    compute: torch.dtype, deferred: bool, hold: bool, need_dx: bool, need_db: bool,
+    compute: torch.dtype, deferred: bool, hold: bool, need_dx: bool, need_db: bool, shard: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else x.new_empty(0),
@@ -293,9 +314,8 @@ def check_finite(owner: Owner, what: str, tensor: Tensor, *, deferred: bool = Fa
 def _guard(
     owner: Owner,
     problem: HeadProblem,
-    target: Tensor,
-    target_aux: Tensor | None,
     scale_N: Tensor,
+    bad_labels: Tensor | None,
     *,
     deferred: bool,
 ) -> dict[str, Tensor]:
@@ -308,33 +328,37 @@ def _guard(
         for what, tensor in (("features", x), ("upstream gradient", scale_N)):
             check_finite(owner, what, tensor, deferred=deferred)
         return {}
-    guard = _wrong(problem, target, target_aux, scale_N).to(torch.int32)
+    guard = _wrong(problem, scale_N, bad_labels).to(torch.int32)
     owner.invalid.add(guard)
     return {"guard": guard}
 
 
-def _all_finite(dx_ND: Tensor | None, db_L: Tensor | None) -> Tensor:
+def _all_finite(spread: Spread, dx_ND: Tensor | None, db_L: Tensor | None) -> Tensor:
     """Whether the gradient of the logits was finite, by what was formed from it."""
     seen = db_L if dx_ND is None else dx_ND
     assert seen is not None
-    return torch.isfinite(seen).all()
+    return ~spread.any(~torch.isfinite(seen).all())
 
 
-def _wrong(
-    problem: HeadProblem, target: Tensor, target_aux: Tensor | None, scale_N: Tensor
-) -> Tensor:
-    """Whether features or upstream gradient are not finite or, on CUDA, a label is out of range."""
-    x, num_outputs = problem.x_ND, problem.w_LD.shape[0]
-    wrong = ~(torch.isfinite(x).all() & torch.isfinite(scale_N).all())
+def _bad_labels(
+    spread: Spread, spec: LossSpec, target: Tensor, target_aux: Tensor | None, x: Tensor
+) -> Tensor | None:
+    """Whether a label is out of range (bool); None on a CPU, where labels were checked already."""
     if x.device.type == "cpu":
-        return wrong  # labels were checked already
-    return wrong | labels_out_of_range(problem.loss, target, target_aux, x.shape[0], num_outputs)
+        return None
+    return spread.any(labels_out_of_range(spec, target, target_aux, x.shape[0], spread.num_outputs))
+
+
+def _wrong(problem: HeadProblem, scale_N: Tensor, bad_labels: Tensor | None) -> Tensor:
+    """Whether features or upstream gradient are not finite, or labels were bad."""
+    wrong = ~(torch.isfinite(problem.x_ND).all() & torch.isfinite(scale_N).all())
+    return wrong if bad_labels is None else wrong | bad_labels
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, bias, target, target_aux, _anchor, handle, sink, *config = inputs
     ctx.save_for_backward(x, bias, target, target_aux, output[1], handle, sink)
-    ctx.config = config
+    *ctx.config, ctx.shard = config
     ctx.mark_non_differentiable(output[1])
 
 
@@ -347,7 +371,18 @@ def _backward(ctx: Any, grad: Tensor, _grad_stats: Tensor | None) -> tuple[Tenso
     x, bias, target, target_aux, stats, handle, sink = ctx.saved_tensors
     need_dx, need_db = ctx.needs_input_grad[:2]
     dx, db = torch.ops.elmo.fused_head_loss_backward(
-        grad, x, bias, target, target_aux, stats, handle, sink, *ctx.config, need_dx, need_db
+        grad,
+        x,
+        bias,
+        target,
+        target_aux,
+        stats,
+        handle,
+        sink,
+        *ctx.config,
+        need_dx,
+        need_db,
+        ctx.shard,
     )
     return (
         dx if need_dx else None,
@@ -355,7 +390,7 @@ def _backward(ctx: Any, grad: Tensor, _grad_stats: Tensor | None) -> tuple[Tenso
         None,
         None,
         grad.new_zeros((0,)) if ctx.needs_input_grad[4] else None,
-        *(None for _ in range(2 + len(ctx.config))),
+        *(None for _ in range(3 + len(ctx.config))),
     )
 
 

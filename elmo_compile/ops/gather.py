@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from torch import Tensor
 from elmo_compile.errors import FusedUpdateError
 from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.numerics.losses import BCE, Positives
+from elmo_compile.ops.collectives import exchange, gather_rows
 from elmo_compile.ops.second_pass import (
     Kept,
     KeptHead,
@@ -81,7 +81,7 @@ def gathered(
         return list(kept)
     one = _alone(kept)
     mine = _header(kept, one, failed)
-    every = [_Header(*row.tolist()) for row in _exchange(mine, weight.device, group)]
+    every = [_Header(*numbers) for numbers in exchange(mine, weight.device, group)]
     if failed:
         return []
     _check(every)
@@ -96,13 +96,13 @@ def gathered(
         KeptHead(
             problem=dataclasses.replace(
                 p,
-                x_ND=torch.cat(_gather(p.x_ND, rows, group)),
+                x_ND=torch.cat(gather_rows(p.x_ND, rows, group)),
                 target=_gather_targets(p.target, every, group),
             ),
-            stats_2N=torch.cat(_gather(one.stats_2N.t(), rows, group)).t().contiguous()
+            stats_2N=torch.cat(gather_rows(one.stats_2N.t(), rows, group)).t().contiguous()
             if one.stats_2N.dim() == 2
             else one.stats_2N,
-            scale_N=torch.cat(_gather(one.scale_N, rows, group)) / world,
+            scale_N=torch.cat(gather_rows(one.scale_N, rows, group)) / world,
             norm2=None,
             wrong=torch.tensor(any(header.wrong for header in every), device=weight.device),
             task=one.task,
@@ -161,13 +161,6 @@ def _bias_sums(p: HeadProblem) -> list[int]:
     places = torch.arange(1, bits.numel() + 1, device=bits.device)
     found: list[int] = torch.stack([bits.sum(), (bits * places).sum()]).tolist()
     return found
-
-
-def _exchange(header: _Header, device: torch.device, group: Any) -> list[Tensor]:
-    mine = torch.tensor(header, dtype=torch.int64, device=device)
-    received = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(received, mine, group=group)
-    return [one.cpu() for one in received]
 
 
 def _check(every: Sequence[_Header]) -> None:
@@ -279,31 +272,15 @@ def _agreed_targets(one: KeptHead, every: Sequence[_Header]) -> KeptHead:
 def _gather_targets(target: Any, every: Sequence[_Header], group: Any) -> Tensor | Positives:
     rows = [header.rows for header in every]
     if not isinstance(target, Positives):
-        return torch.cat(_gather(target, rows, group))
+        return torch.cat(gather_rows(target, rows, group))
     pairs = [header.pairs for header in every]
-    rows_M, cols_M = (_gather(t, pairs, group) for t in target[:2])
+    rows_M, cols_M = (gather_rows(t, pairs, group) for t in target[:2])
     values: list[Any] = [None] * len(every)
     if any(header.weighted or header.form == _DENSE for header in every):
         values_M = target.values_M
         if values_M is None:
             values_M = torch.ones_like(target.cols_M, dtype=torch.float32)
-        values = _gather(values_M, pairs, group)
+        values = gather_rows(values_M, pairs, group)
     return stack_targets(
         [(Positives(*part), count) for *part, count in zip(rows_M, cols_M, values, rows)]
     )
-
-
-def _gather(t: Tensor, sizes: Sequence[int], group: Any) -> list[Tensor]:
-    """Every process's tensor, of these lengths. Sent as bytes, so that any dtype may."""
-    t = t.contiguous()
-    each = math.prod(t.shape[1:]) * t.element_size()
-    longest = torch.zeros(max(sizes) * each, dtype=torch.uint8, device=t.device)
-    if not longest.numel():
-        return [t.new_empty(size, *t.shape[1:]) for size in sizes]
-    longest[: t.shape[0] * each] = t.reshape(-1).view(torch.uint8)
-    received = [torch.empty_like(longest) for _ in sizes]
-    dist.all_gather(received, longest, group=group)
-    return [
-        data[: size * each].view(t.dtype).view(size, *t.shape[1:])
-        for data, size in zip(received, sizes)
-    ]

@@ -23,14 +23,15 @@ from elmo_compile.ops.call import (
     row_factor,
     row_scale,
 )
+from elmo_compile.ops.shards import spread_of
 
 
 @torch.library.custom_op(
     "elmo::head_loss",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? target_aux, "
-    "Tensor? carrier, str loss, float scale, SymInt divisor, int chunk, ScalarType compute) "
-    "-> (Tensor loss, Tensor stats)",
+    "Tensor? carrier, str loss, float scale, SymInt divisor, int chunk, ScalarType compute, "
+    "str shard='') -> (Tensor loss, Tensor stats)",
 )
 def head_loss(
     x: Tensor,
@@ -44,20 +45,26 @@ def head_loss(
     divisor: int,
     chunk: int,
     compute: torch.dtype,
+    shard: str = "",
 ) -> tuple[Tensor, Tensor]:
-
-    spec = LossSpec.decode(loss)
-    problem = make_problem(x, weight, bias, target, target_aux, spec, chunk, compute)
-    assert_labels(spec, target, target_aux, x.shape[0], weight.shape[0])
-    rows_N, stats_2N = loss_pass(problem)
-    factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
+    spec, spread = LossSpec.decode(loss), spread_of(shard, weight)
+    L = spread.num_outputs
+    problem = spread.agreed(
+        x.device,
+        lambda: make_problem(
+            x, weight, bias, target, target_aux, spec, chunk, compute, num_outputs=L
+        ),
+    )
+    assert_labels(spec, target, target_aux, x.shape[0], L)
+    rows_N, stats_2N = loss_pass(problem, spread)
+    factor = row_factor(spec, target, L, x.shape[0], scale, divisor)
     return reduce_rows(rows_N, spec, factor), stats_2N
 
 
 @head_loss.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Any, target: Any, target_aux: Any, carrier: Any, loss: str,
-    scale: float, divisor: int, chunk: int, compute: torch.dtype,
+    scale: float, divisor: int, chunk: int, compute: torch.dtype, shard: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return fake_outputs(x, LossSpec.decode(loss), compute)
 
@@ -75,7 +82,7 @@ def fake_outputs(x: Tensor, spec: LossSpec, compute: torch.dtype) -> tuple[Tenso
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor target, "
     "Tensor? target_aux, Tensor stats, str loss, float scale, SymInt divisor, int chunk, "
-    "ScalarType compute, bool need_dx, bool need_dw, bool need_db, bool wide_dw) "
+    "ScalarType compute, bool need_dx, bool need_dw, bool need_db, bool wide_dw, str shard='') "
     "-> (Tensor dx, Tensor dw, Tensor db)",
 )
 def head_loss_backward(
@@ -95,21 +102,28 @@ def head_loss_backward(
     need_dw: bool,
     need_db: bool,
     wide_dw: bool,
+    shard: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     from elmo_compile import kernels
 
-    spec = LossSpec.decode(loss)
-    problem = make_problem(
-        x, weight, bias, target, target_aux, spec, chunk, compute, wide_dw=wide_dw
-    )
-    factor = row_factor(spec, target, weight.shape[0], x.shape[0], scale, divisor)
+    spec, spread = LossSpec.decode(loss), spread_of(shard, weight)
+    L = spread.num_outputs
+    problem = spread.agreed(
+        x.device,
+        lambda: make_problem(
+            x, weight, bias, target, target_aux, spec, chunk, compute, wide_dw=wide_dw,
+            num_outputs=L,
+        ),
+    )  # fmt: skip
+    factor = row_factor(spec, target, L, x.shape[0], scale, divisor)
     scale_N = row_scale(grad, spec, target, factor, x.shape[0])
     dx, dw, db, *_ = kernels.select(x.device).backward(
-        problem, stats, scale_N, need_dx=need_dx, need_dw=need_dw, need_db=need_db
-    )
+        spread.gathered(problem), *spread.gathered_rows(stats, scale_N),
+        need_dx=need_dx, need_dw=need_dw, need_db=need_db,
+    )  # fmt: skip
     # One empty tensor each: the outputs of an op may not alias.
     return (
-        x.new_empty(0) if dx is None else dx.to(x.dtype),
+        x.new_empty(0) if dx is None else spread.features(dx).to(x.dtype),
         x.new_empty(0) if dw is None else dw.to(gradient_dtype(weight, wide_dw)),
         x.new_empty(0) if db is None or bias is None else db.to(bias.dtype),
     )
@@ -124,7 +138,7 @@ def gradient_dtype(weight: Tensor, wide: bool) -> torch.dtype:
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Any, target_aux: Any,
     stats: Any, loss: str, scale: float, divisor: int, chunk: int, compute: torch.dtype,
-    need_dx: bool, need_dw: bool, need_db: bool, wide_dw: bool,
+    need_dx: bool, need_dw: bool, need_db: bool, wide_dw: bool, shard: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else x.new_empty(0),
@@ -140,8 +154,9 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, target, target_aux, carrier, *config = inputs
     ctx.save_for_backward(x, weight, bias, target, target_aux, output[1])
-    ctx.config = config
+    *ctx.config, ctx.shard = config
     ctx.has_carrier = carrier is not None
+    ctx.wide = carrier is not None and carrier.dtype != weight.dtype
     ctx.mark_non_differentiable(output[1])
 
 
@@ -151,7 +166,7 @@ def _backward(ctx: Any, grad: Tensor, _grad_stats: Tensor | None) -> tuple[Tenso
     need_dw = need_carrier if ctx.has_carrier else need_w
     dx, dw, db = torch.ops.elmo.head_loss_backward(
         grad, x, weight, bias, target, target_aux, stats, *ctx.config, need_dx, need_dw, need_db,
-        ctx.has_carrier,
+        ctx.wide, ctx.shard,
     )  # fmt: skip
     return (
         dx if need_dx else None,
@@ -160,7 +175,7 @@ def _backward(ctx: Any, grad: Tensor, _grad_stats: Tensor | None) -> tuple[Tenso
         None,
         None,
         dw if need_dw and ctx.has_carrier else None,
-        *(None for _ in ctx.config),
+        *(None for _ in (*ctx.config, ctx.shard)),
     )
 
 

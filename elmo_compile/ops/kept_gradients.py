@@ -15,6 +15,7 @@ from elmo_compile.ops.data_parallel import group_of_ignored
 from elmo_compile.ops.device_flag import DeviceFlag
 from elmo_compile.ops.gather import gathered
 from elmo_compile.ops.second_pass import Kept, keep_dense, merged, squared_norm
+from elmo_compile.ops.shards import local_of, sum_over_shards
 
 
 class Policy(NamedTuple):
@@ -60,6 +61,11 @@ class KeptGradients:
         """CUDA: what was kept is invalid."""
         self._dense_invalid = DeviceFlag()
         """CUDA: `_dense` is invalid."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter's values, detached: of a sharded one this process's part."""
+        return local_of(self.param)
 
     def keep(self, kept: Kept, reduce_over: Any = None) -> None:
         """Leave a backward's gradient for `opt.step()`.
@@ -108,7 +114,7 @@ class KeptGradients:
             self.tell_refusal()
             raise
         if grad is not None and (self.kept or group is not None):
-            self._dense = [keep_dense(grad)]
+            self._dense = [keep_dense(local_of(grad))]
             if self.param.is_cuda:
                 self._dense_invalid.add(self._dense[0].wrong.to(torch.int32))
         if group is not None:
@@ -171,4 +177,5 @@ class KeptGradients:
 
     def squared_norm(self) -> Tensor:
         """The squared norm of the kept gradient, float64. `settle` comes first."""
-        return squared_norm([*self.kept, *self._dense], self.param.detach())
+        norm2 = squared_norm([*self.kept, *self._dense], self.weight)
+        return sum_over_shards(norm2, self.param)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from elmo_compile.ops.call import forbid_second_derivative
 from elmo_compile.ops.hidden_gradients import watch
+from elmo_compile.ops.shards import carry_shard, is_sharded
 
 CHUNK_BYTES = 16 * 2**20
 """Widened weight held at once."""
@@ -38,6 +39,8 @@ class Carrier(torch.autograd.Function):
 
 def carry(weight: Tensor) -> Tensor:
     """The carrier of `weight`, whose `.grad` will be float32 and accumulate as usual."""
+    if is_sharded(weight):
+        return carry_shard(weight)
     if weight.is_leaf and weight.requires_grad and weight.grad_dtype is not None:
         weight.grad_dtype = None
     watch(weight)
@@ -50,12 +53,8 @@ def _chunks(weight: Tensor, dtype: torch.dtype) -> range:
     return range(0, weight.shape[0], max(1, CHUNK_BYTES // row))
 
 
-@torch.library.custom_op(
-    "elmo::lowp_linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? carrier) -> Tensor",
-)
-def lowp_linear(x: Tensor, weight: Tensor, bias: Tensor | None, carrier: Tensor | None) -> Tensor:
+def logits_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b in the features' dtype."""
     z = x.new_empty((*x.shape[:-1], weight.shape[0]))
     steps = _chunks(weight, x.dtype)
     for start in steps:
@@ -63,6 +62,32 @@ def lowp_linear(x: Tensor, weight: Tensor, bias: Tensor | None, carrier: Tensor 
         b = None if bias is None else bias[rows].to(x.dtype)
         z[..., rows] = F.linear(x, weight[rows].to(x.dtype), b)
     return z
+
+
+def gradients_of(
+    g_NL: Tensor, x_ND: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(dx in float32 (float64 for float64), dw in `dtype`), empty where not needed."""
+    wide = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
+    dx = torch.zeros(x_ND.shape if need_dx else (0,), device=x_ND.device, dtype=wide)
+    dw = torch.empty(weight.shape if need_dw else (0,), device=x_ND.device, dtype=dtype)
+    steps = _chunks(weight, x_ND.dtype)
+    for start in steps:
+        rows = slice(start, start + steps.step)
+        if need_dx:
+            dx += g_NL[:, rows] @ weight[rows].to(x_ND.dtype)
+        if need_dw:
+            dw[rows] = (g_NL[:, rows].t() @ x_ND).to(dtype)
+    return dx, dw
+
+
+@torch.library.custom_op(
+    "elmo::lowp_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? carrier) -> Tensor",
+)
+def lowp_linear(x: Tensor, weight: Tensor, bias: Tensor | None, carrier: Tensor | None) -> Tensor:
+    return logits_of(x, weight, bias)
 
 
 @lowp_linear.register_fake
@@ -80,16 +105,7 @@ def lowp_linear_backward(
 ) -> tuple[Tensor, Tensor]:
     L, D = weight.shape
     g_NL, x_ND = grad.reshape(-1, L), x.reshape(-1, D)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dx = torch.zeros(x_ND.shape if need_dx else (0,), device=x.device, dtype=wide)
-    dw = torch.empty((L, D) if need_dw else (0,), device=x.device, dtype=torch.float32)
-    steps = _chunks(weight, x.dtype)
-    for start in steps:
-        rows = slice(start, start + steps.step)
-        if need_dx:
-            dx += g_NL[:, rows] @ weight[rows].to(x.dtype)
-        if need_dw:
-            dw[rows] = g_NL[:, rows].t() @ x_ND
+    dx, dw = gradients_of(g_NL, x_ND, weight, need_dx, need_dw, torch.float32)
     return dx.to(x.dtype).view(x.shape) if need_dx else x.new_empty(0), dw
 
 

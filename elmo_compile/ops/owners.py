@@ -28,6 +28,7 @@ from elmo_compile.ops.kept_gradients import KeptGradients
 from elmo_compile.ops.open_calls import OpenCalls
 from elmo_compile.ops.replays import Replays
 from elmo_compile.ops.second_pass import Kept, apply, current_task, for_kept
+from elmo_compile.ops.shards import local_of, sum_over_shards
 
 
 class Owner(KeptGradients, OpenCalls):
@@ -230,7 +231,8 @@ class Owner(KeptGradients, OpenCalls):
         grad = self.param.grad
         if grad is None or grad.is_sparse or capturing(self.param.device):
             return grad is not None
-        return bool(grad.any())
+        given = local_of(grad).any().to(torch.int32)
+        return bool(sum_over_shards(given, self.param))
 
     def _heir_in_use(self) -> bool:
         heir = owner_of(self.param)
@@ -285,7 +287,7 @@ class Owner(KeptGradients, OpenCalls):
             if factor is not None:
                 one.times_(factor.to(self.param.device))
         with self.applying(guard=guard):
-            apply(parts, self.param.detach(), update, guard=guard)
+            apply(parts, self.weight, update, guard=guard)
         self.forget_kept()
 
     def close_step(self) -> None:
@@ -305,13 +307,13 @@ class Owner(KeptGradients, OpenCalls):
         """
         self.filling = serial
         about_to_change(self.param)
-        self.counters.before(self.param, self.updates)
+        self.counters.before(self.weight, self.updates)
         if self.policy().capturable:
             self.replays.prepare(self.param.device)
         self.inconsistent = True
         yield
         torch.autograd.graph.increment_version(self.param)
-        self.counters.after(self.param)
+        self.counters.after(self.weight)
         self.updates += 1
         self.accumulate_node = None
         if capturing(self.param.device):

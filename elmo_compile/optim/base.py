@@ -19,12 +19,13 @@ from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.kept_gradients import Policy
 from elmo_compile.ops.owners import Owner, owner_of, register, unregister
+from elmo_compile.ops.shards import is_head, is_sharded
 from elmo_compile.optim import guards, options, state, whole
 from elmo_compile.optim.checkpoints import Checkpoints
 from elmo_compile.optim.nothing_fused import nothing_fused
 from elmo_compile.optim.on_device import Graphs, count, rate_of, step_of
 from elmo_compile.optim.ordinary import Gradient, apply_updates, check_updates
-from elmo_compile.optim.sharded import check_sharded, is_sharded
+from elmo_compile.optim.sharded import check_sharded, local_update
 from elmo_compile.optim.used import Applied, Used
 
 _INNER = {"params", "param_ids", "param_names", "rounding_version"}
@@ -299,7 +300,7 @@ class HeadOptimizer(Checkpoints):
             guards.install()
             names = group.get("param_names") or []
             for index, (param, param_id) in enumerate(zip(group["params"], group["param_ids"])):
-                if param.dim() == 2 and not is_sharded(param):
+                if param.dim() == 2 and (not is_sharded(param) or is_head(param)):
                     known_name = names[index : index + 1]
                     name = known_name[0] if known_name else f"#{param_id} {tuple(param.shape)}"
                     known = owned.pop(id(param), None) if id(param) in owned else None
@@ -362,8 +363,11 @@ class HeadOptimizer(Checkpoints):
         )
 
     def next_update(self, param: Tensor) -> Update:
-        """The next update of a parameter, for whoever makes it; counts nothing."""
-        return self._update(*self._find(param))
+        """The next update of a parameter, for whoever makes it; counts nothing.
+
+        Of a sharded one, that of this process's rows.
+        """
+        return local_update(param, self._update(*self._find(param)))
 
     def state_sizes(self, param: Tensor) -> list[StateSize]:
         """What is kept for a parameter, or will be, but for its count of steps."""

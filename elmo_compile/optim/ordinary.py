@@ -18,7 +18,8 @@ from elmo_compile.errors import OptionError
 from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.rows import update_matrices, update_some_rows
-from elmo_compile.optim.sharded import Shard, is_sharded
+from elmo_compile.ops.shards import is_sharded
+from elmo_compile.optim.sharded import Shard
 
 
 class Gradient(NamedTuple):

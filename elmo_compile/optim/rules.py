@@ -12,8 +12,9 @@ from torch import Tensor
 
 from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Rounding
+from elmo_compile.ops.shards import is_sharded
 from elmo_compile.optim.base import HeadOptimizer
-from elmo_compile.optim.sharded import is_sharded, row_sums
+from elmo_compile.optim.sharded import row_sums
 from elmo_compile.optim.state import number_of_rows
 
 Accumulate = Literal["error", "stash", "step_each", "materialize"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,13 +18,8 @@ from torch import Tensor
 from elmo_compile.errors import OptionError
 from elmo_compile.numerics.formats import is_narrow
 from elmo_compile.numerics.update import Update
+from elmo_compile.ops.shards import is_sharded, local_of
 from elmo_compile.optim.state import state_dtype
-
-
-def is_sharded(t: Any) -> bool:
-    """Whether t is a DTensor."""
-    tensors = sys.modules.get("torch.distributed.tensor")  # else there is none
-    return tensors is not None and isinstance(t, tensors.DTensor)
 
 
 def check_sharded(group: dict[str, Any], params: Iterable[Any], *, row_wise: bool) -> None:
@@ -93,10 +87,21 @@ def _place(param: Any) -> tuple[Sequence[int], Sequence[int]]:
 
 def _local(t: Any) -> Any:
     """This process's shard of a DTensor; anything else as it is."""
-    if not is_sharded(t):
-        return t
-    found = t.detach().to_local()
-    return found.wait() if hasattr(found, "wait") else found
+    return local_of(t) if is_sharded(t) else t
+
+
+def local_update(param: Tensor, update: Update) -> Update:
+    """The update of this process's rows of a DTensor; of another parameter the same one."""
+    if not is_sharded(param):
+        return update
+    _, start = _place(param)
+    offset = start[0] if param.dim() else 0
+    return dataclasses.replace(
+        update,
+        state=tuple(_local(s) for s in update.state),
+        compensation=_local(update.compensation),
+        row_offset=offset * math.prod(param.shape[1:-1]),
+    )
 
 
 class Shard:
@@ -106,32 +111,28 @@ class Shard:
         if is_sharded(grad) and grad.placements != param.placements:
             grad = grad.redistribute(param.device_mesh, param.placements)
         self._whole, self._copies = param, list[tuple[Tensor, Tensor]]()
-        _, start = _place(param)
         self.param, self.grad = _local(param), _local(grad)
-        state = tuple(_local(s) for s in update.state)
-        compensation = _local(update.compensation)
-        offset = start[0] if param.dim() else 0
+        self.update = local_update(param, update)
+        if param.dim() < 2 and not update.row_wise:
+            self._as_one_row()
+
+    def _as_one_row(self) -> None:
+        """A vector is one row, whose bits go by columns: the shard in its place of all."""
+        update, compensation = self.update, self.update.compensation
+        start, state = update.row_offset, update.state
         rounded = [self.param, *state, *([] if compensation is None else [compensation])]
-        if param.dim() > 1 or update.row_wise:
-            offset *= math.prod(param.shape[1:-1])
-        elif any(is_narrow(t.dtype) for t in rounded):
-            # A vector is one row, whose bits go by columns: the shard in its place of all.
-            self.param, self.grad = (
-                self._placed(self.param, offset),
-                self._placed(self.grad, offset),
-            )
-            state = tuple(self._placed(s, offset) for s in state)
+        if any(is_narrow(t.dtype) for t in rounded):
+            self.param = self._placed(self.param, start)
+            self.grad = self._placed(self.grad, start)
+            state = tuple(self._placed(s, start) for s in state)
             if compensation is not None:
-                compensation = self._placed(compensation, offset)
-            offset = 0
-        else:
-            offset = 0
+                compensation = self._placed(compensation, start)
         self.update = dataclasses.replace(
-            update, state=state, compensation=compensation, row_offset=offset
+            update, state=state, compensation=compensation, row_offset=0
         )
 
-    def _placed(self, t: Tensor, start: int) -> Tensor:
-        whole = t.new_zeros(self._whole.shape)
+    def _placed(self, t: Any, start: int) -> Tensor:
+        whole: Tensor = t.new_zeros(self._whole.shape)
         part = whole[start : start + t.numel()]
         part.copy_(t)
         self._copies.append((t, part))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from elmo_compile.errors import InputError
 from elmo_compile.ops.owners import Owner
-from elmo_compile.optim.sharded import agreed, is_sharded, values_of
+from elmo_compile.ops.shards import is_sharded
+from elmo_compile.optim.sharded import agreed, values_of
 
 Member = tuple[dict[str, Any], Tensor, int]
 _TINY = 1e-6  # as in torch.nn.utils.clip_grad_norm_

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from elmo_compile import ops
 from elmo_compile.passes.graphs import args_of, hint, hints, tensor_of
 from elmo_compile.passes.match.casts import CASTS, SAME, TRANSPOSES, keeps_values
 from elmo_compile.passes.match.refuse import NoMatch
@@ -18,6 +19,10 @@ from elmo_compile.passes.match.state import Kind, Logits, WeightView
 from elmo_compile.report.records import Code
 
 aten = torch.ops.aten
+ops.load()
+
+HEAD_OPS = (torch.ops.elmo.lowp_linear.default, torch.ops.elmo.sharded_linear.default)
+"""Products of converted and of sharded heads: (x, weight, bias, carrier, ...)."""
 
 
 def linear_head(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | None:
@@ -29,7 +34,7 @@ def linear_head(node: fx.Node, kinds: dict[fx.Node, Kind], L: int) -> Kind | Non
     if target is aten.linear.default:
         x, w, bias = args[0], args[1], args[2] if len(args) > 2 else None
         weight = _weight(w, kinds, want_transposed=False)
-    elif target is torch.ops.elmo.lowp_linear.default:
+    elif target in HEAD_OPS:
         x, w, bias = args[:3]
         weight = _weight(w, kinds, want_transposed=False)
     elif target in (aten.matmul.default, aten.mm.default):

@@ -18,6 +18,7 @@ import torch.fx as fx
 from elmo_compile import ops
 from elmo_compile.errors import ElmoError
 from elmo_compile.passes.graphs import copy_module, is_checkpoint, sites, source_of, tensor_of
+from elmo_compile.passes.match.linear import HEAD_OPS
 from elmo_compile.passes.modes import grad_modes
 from elmo_compile.passes.plan import unmatched_lowp
 from elmo_compile.passes.records import ExtraInput, PlannedHead, ProgramMatch, Rewritten
@@ -31,7 +32,7 @@ ops.load()
 _CARRIED = (
     torch.ops.elmo.head_loss.default, torch.ops.elmo.head_loss_at_once.default,
     torch.ops.elmo.head_program.default,
-    torch.ops.elmo.lowp_linear.default, "detach", torch.detach,
+    *HEAD_OPS, "detach", torch.detach,
 )  # fmt: skip
 """What may read a weight that enters detached."""
 
@@ -100,7 +101,7 @@ def _replace(
             kinds = ("anchor", "handle", "sink")
             extra = [inputs.extra(kind, head.weight_input, path) for kind in kinds]
             op = torch.ops.elmo.fused_head_loss.default
-            fused_config = (*config, head.deferred, plan.holds_logits)
+            fused_config = (*config, head.deferred, plan.holds_logits, head.shard)
             pair = emit.call(op, flat, bias, target, aux, *extra, *fused_config)
         else:
             weight = emit.node(match.weight)
@@ -113,7 +114,7 @@ def _replace(
                 sizes = (*config[:-1], plan.row_block, head.compute_dtype)
                 pair = emit.call(at_once, *given, *sizes, *head.gradients)
             else:
-                pair = emit.call(torch.ops.elmo.head_loss.default, *given, *config)
+                pair = emit.call(torch.ops.elmo.head_loss.default, *given, *config, head.shard)
         loss = emit.finish(emit.call(operator.getitem, pair, 0), x)
     output.replace_all_uses_with(loss)
     _erase(head, fused, mapping, path)
@@ -169,6 +170,6 @@ def _carry_unmatched(
                 continue
             position = list(module.graph.find_nodes(op="placeholder")).index(outer)
             carrier = inputs.extra("carrier", position, path)
-            mapping[node].args = (*mapping[node].args[:3], carrier)
+            mapping[node].args = (*mapping[node].args[:3], carrier, *node.args[4:])
             detached.add(position)
     return detached
