@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from elmo_compile.errors import ElmoError, OptionError
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from processes import run
 from ranks import MICRO, OVERFLOWS, ROWS, STEPS, Apart
 
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).with_name("ranks.py")
 @pytest.mark.parametrize("how", ["refused", "biased"])
 def test_what_would_let_processes_differ_is_refused(how: str, tmp_path: Path) -> None:
     """An ordinary gradient of an ignored head, which nobody reduces; unlike biases."""
-    run(tmp_path, 2, "ce", "float32", "outside", how)
+    run(tmp_path, 2, "ce", "float32", "outside", how, script=SCRIPT)
 
 
 @pytest.mark.parametrize("cases", ["dense+unlike", "unused+scaled+refused+join"])
@@ -42,26 +42,8 @@ def test_sharded_parameters(tmp_path: Path) -> None:
 
 def trained(folder: Path, world: int, *case: str) -> list[dict[str, torch.Tensor]]:
     """The weights of every process after a run."""
-    run(folder, world, *case)
+    run(folder, world, *case, script=SCRIPT)
     return [torch.load(folder / f"weights{rank}.pt") for rank in range(world)]
-
-
-def run(folder: Path, world: int, *case: str, script: Path = SCRIPT) -> None:
-    """Run every process of a case."""
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(world), str(folder), *case],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        for process in running:
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, output[-3000:]
-    finally:
-        for process in running:
-            process.kill()
 
 
 def eager(kind: str) -> dict[str, torch.Tensor]:
