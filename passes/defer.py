@@ -31,7 +31,7 @@ from elmo_compile.passes.records import (
     Region,
     Source,
 )
-from elmo_compile.passes.shards import is_sharded_linear
+from elmo_compile.passes.shards import is_sharded
 
 aten = torch.ops.aten
 
@@ -99,7 +99,7 @@ def defer_outputs(
         return ()
     found: dict[int, _Slice] = {}
     for region in find_regions(module, options.min_outputs):
-        if is_sharded_linear(region.seed):
+        if is_sharded(region.seed):
             continue  # who read the logits of a sharded head would wait for the other processes
         for position, node in enumerate(results):
             if region.site.path or position in keep or node not in region.nodes:

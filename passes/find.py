@@ -18,7 +18,7 @@ from elmo_compile.passes.convex import between
 from elmo_compile.passes.graphs import Site, ancestors, hint, hints, sites, tensor_of, value_of
 from elmo_compile.passes.modes import ambient_autocast, autocast_states, grad_modes
 from elmo_compile.passes.records import Autocast, Region
-from elmo_compile.passes.shards import is_sharded_linear
+from elmo_compile.passes.shards import is_sharded
 
 _TAIL_FUNCTIONS = frozenset(
     {operator.truediv, operator.mul, torch.div, torch.mul, torch.sum, torch.mean, torch.true_divide}
@@ -63,7 +63,7 @@ def seed_outputs(node: fx.Node, min_outputs: int) -> int | None:
     L = hint(out.shape[-1])
     if min_outputs > L or not out.is_floating_point():
         return None
-    if is_sharded_linear(node):
+    if is_sharded(node):
         return L
     rows = hints(out.shape[:-1])
     operands = [(arg, tensor_of(arg)) for arg in node.all_input_nodes]

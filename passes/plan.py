@@ -20,7 +20,7 @@ from elmo_compile.numerics.losses import CE
 from elmo_compile.passes.graphs import hint, hints, source_of, tensor_of
 from elmo_compile.passes.match.linear import HEAD_OPS
 from elmo_compile.passes.records import HeadMatch, PlannedHead, ProgramMatch, Region
-from elmo_compile.passes.shards import is_sharded_linear, shard_of
+from elmo_compile.passes.shards import is_sharded, shard_of
 from elmo_compile.planner import (
     HeadShape,
     Plan,
@@ -170,7 +170,7 @@ def _value(
 ) -> tuple[LossValue, tuple[str, ...]]:
     if match.loss.name == CE or isinstance(match, ProgramMatch) or options.loss_value == "exact":
         return "exact", ()
-    if options.loss_value == "auto" and is_sharded_linear(match.region.seed):
+    if options.loss_value == "auto" and is_sharded(match.region.seed):
         # A loss that one process reads before backward() would wait for the others.
         return "exact", (
             "the loss is computed in forward, by a product of its own: in a sharded head all "
@@ -261,7 +261,7 @@ def _may_form_gradients_at_once(
     """
     if isinstance(match, ProgramMatch) or match.loss.reduction == "none":
         return False
-    if is_sharded_linear(match.region.seed):
+    if is_sharded(match.region.seed):
         return False
     if match.region.site.path or not match.region.grad_enabled:
         return False

@@ -1,9 +1,10 @@
 """Shards: heads whose outputs are spread over processes, as the other passes read heads.
 
 Requires: a Dynamo graph (a copy: it is edited).
-Ensures: where a `sharded_linear` has its weight and bias straight from the graph's inputs, it reads
-these inputs, which stand for DTensors as plain tensors of the whole head's shape; they are to be
-passed as this process's parts. What reads a DTensor otherwise leaves its head as it was.
+Ensures: where a `sharded_head` has weight and bias straight from the graph's inputs, and nothing
+else reads these, it becomes `elmo::sharded_linear` of these inputs, which stand for DTensors as
+plain tensors of the whole head's shape and are to be passed as this process's parts. Other calls
+are left as they were.
 Numerics: none.
 """
 
@@ -14,92 +15,84 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from elmo_compile.ops.shards import LabelShard, local_part
+from elmo_compile import ops
+from elmo_compile.ops.sharded_linear import sharded_head
+from elmo_compile.ops.shards import LabelShard
 from elmo_compile.passes.graphs import Site, is_checkpoint, sites, tensor_of
 
+ops.load()
 
-def is_sharded_linear(node: fx.Node) -> bool:
+
+def is_sharded(node: fx.Node) -> bool:
     """Whether a node is the product of a sharded head."""
-    return node.target is torch.ops.elmo.sharded_linear.default
-
-
-def shard_of(node: fx.Node) -> LabelShard | None:
-    """How the outputs of a product are spread; None where this process has them all."""
-    return LabelShard.decode(str(node.args[4])) if is_sharded_linear(node) else None
-
-
-def localize(module: fx.GraphModule) -> frozenset[int]:
-    """Let sharded heads read the graph's inputs. Edits `module`.
-
-    Returns:
-        Positions of inputs to be passed as this process's part of a DTensor.
-    """
-    found = [(s, n) for s in sites(module) for n in s.graph.nodes if is_sharded_linear(n)]
-    if not found:
-        return frozenset()
-    left = set[fx.Node]()
-    outer = {node: [_source(site, arg) for arg in node.args[1:3] if arg] for site, node in found}
-    for _, node in found:
-        parts = [part.args[0] for part in node.args[1:3] if part and part.target is local_part]
-        if None in outer[node] or not all(map(_read_by_heads, [*outer[node], *parts])):
-            left.update(source for source in outer[node] if source is not None)
-    inputs = list(module.graph.find_nodes(op="placeholder"))
-    positions = set[int]()
-    for site, node in found:
-        if None in outer[node] or left.intersection(outer[node]):
-            continue
-        positions.update(inputs.index(source) for source in outer[node])
-        _read_inputs(site, node)
-    for site in sites(module):
-        site.module.recompile()
-    return frozenset(positions)
+    return node.target in (torch.ops.elmo.sharded_linear.default, sharded_head)
 
 
 def reads_dtensors(node: fx.Node) -> bool:
     """Whether `localize` left a sharded head's product as it was."""
-    return is_sharded_linear(node) and getattr(node.args[1], "target", None) is local_part
+    return node.target is sharded_head
+
+
+def shard_of(node: fx.Node) -> LabelShard | None:
+    """How the outputs of a product are spread; None where this process has them all."""
+    return LabelShard.decode(str(node.args[-1])) if is_sharded(node) else None
+
+
+def localize(module: fx.GraphModule) -> frozenset[int]:
+    """Let sharded heads read the graph's inputs as plain tensors. Edits `module`.
+
+    Returns:
+        Positions of inputs to be passed as this process's part of a DTensor.
+    """
+    found = [(s, n) for s in sites(module) for n in s.graph.nodes if reads_dtensors(n)]
+    left = set[fx.Node]()
+    sources = {node: [_source(site, part) for part in _parts(node)] for site, node in found}
+    for _, node in found:
+        read = [source for source in sources[node] if source is not None]
+        whole = len(read) == len(sources[node])
+        if not whole or not all(map(_read_by_heads, [*read, *_parts(node)])):
+            left.update(read)
+    inputs = list(module.graph.find_nodes(op="placeholder"))
+    positions = set[int]()
+    for site, node in found:
+        if None in sources[node] or left.intersection(sources[node]):
+            continue
+        positions.update(inputs.index(source) for source in sources[node])
+        _read_inputs(site, node)
+    return frozenset(positions)
+
+
+def _parts(node: fx.Node) -> list[Any]:
+    """Weight and, if there is one, bias of a `sharded_head`."""
+    return [part for part in node.args[1:3] if part is not None]
 
 
 def _source(site: Site, part: Any) -> fx.Node | None:
-    """The top-level input whose local part a node is, or None."""
-    whole = part.args[0] if part.target is local_part else None
-    if not isinstance(whole, fx.Node) or whole.op != "placeholder":
-        return None
-    return site.outer(whole)
+    """The top-level input that a node is, or None."""
+    return site.outer(part) if part.op == "placeholder" else None
 
 
-def _read_by_heads(whole: Any) -> bool:
-    """Whether nothing but products of sharded heads reads a DTensor input, bodies included."""
-    for user in whole.users:
-        if is_checkpoint(user):
-            continue  # what its body does with it is looked at there
-        if user.target is not local_part or not all(map(is_sharded_linear, user.users)):
-            return False
-    return True
+def _read_by_heads(part: fx.Node) -> bool:
+    """Whether nothing but sharded heads reads an input. What a checkpoint's body does with it is
+    looked at there."""
+    return all(reads_dtensors(user) or is_checkpoint(user) for user in part.users)
 
 
 def _read_inputs(site: Site, node: fx.Node) -> None:
-    """Let one product read the inputs of its graph in place of their local parts."""
-    shard = shard_of(node)
-    assert shard is not None
-    args = list(node.args)
-    for i, part in enumerate(args[1:3], 1):
-        if isinstance(part, fx.Node):
-            args[i] = whole = part.args[0]
-            _stand_in(site, whole, part, shard.num_outputs)
-    node.args = tuple(args)
-    for part in {p for p in site.graph.nodes if p.target is local_part and not p.users}:
-        site.graph.erase_node(part)
+    """Let one product be the op, of inputs that stand for whole tensors."""
+    for part in _parts(node):
+        _stand_in(site, part, node)
+    x, weight, bias, shard = node.args
+    node.args = (x, weight, bias, None, shard)
+    node.target = torch.ops.elmo.sharded_linear.default
 
 
-def _stand_in(site: Site, whole: Any, part: fx.Node, num_outputs: int) -> None:
-    """A plain fake tensor of the whole head's shape as the value of an input."""
-    local = tensor_of(part)
-    assert local is not None
-    trains = bool(whole.meta["example_value"].requires_grad)
-    with torch.no_grad(), local.fake_mode:  # type: ignore[attr-defined]
-        fake = torch.empty(
-            (num_outputs, *local.shape[1:]), dtype=local.dtype, device=local.device
-        ).requires_grad_(trains)
-    for node in {whole, site.outer(whole) or whole}:
-        node.meta["example_value"] = fake
+def _stand_in(site: Site, part: Any, product: fx.Node) -> None:
+    """A plain fake tensor in the place of a fake DTensor."""
+    for node in {part, site.outer(part) or part}:
+        sharded, fake = tensor_of(node), tensor_of(product)
+        assert sharded is not None
+        assert fake is not None
+        with torch.no_grad(), fake.fake_mode:  # type: ignore[attr-defined]
+            plain = torch.empty(sharded.shape, dtype=sharded.dtype, device=sharded.device)
+        node.meta["example_value"] = plain.requires_grad_(sharded.requires_grad)

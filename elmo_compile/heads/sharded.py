@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from elmo_compile.errors import ElmoError
 from elmo_compile.heads.low_precision import WIDER, LowPrecisionLinear, keeping_dtype, rounded_to
-from elmo_compile.ops import sharded_linear  # registers elmo::sharded_linear
 from elmo_compile.ops.collectives import gather_rows
 from elmo_compile.ops.linear import carry
 from elmo_compile.ops.owners import owner_of
+from elmo_compile.ops.sharded_linear import sharded_head
 from elmo_compile.ops.shards import LabelShard, local_of, local_part, note_head
 
 
@@ -48,6 +48,7 @@ class ShardedLinear(nn.Linear):
 
     def _note(self) -> None:
         note_head(self.weight)
+        torch.compiler.allow_in_graph(sharded_head)  # type: ignore[no-untyped-call]
         self._shard = LabelShard.of(self.weight).encode()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -55,15 +56,14 @@ class ShardedLinear(nn.Linear):
         x = input
         if self.storage_dtype is None and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias = None if self.bias is None else local_part(self.bias)
-        op = torch.ops.elmo.sharded_linear.default
         if torch.compiler.is_compiling():
-            z: Tensor = op(x, local_part(self.weight), bias, None, self._shard)
-            return z
+            return sharded_head(x, self.weight, self.bias, self._shard)
+        bias = None if self.bias is None else local_part(self.bias)
         carrier = None
         if torch.is_grad_enabled() and self.weight.requires_grad:
             carrier = carry(self.weight)
-        z = op(x, local_of(self.weight), bias, carrier, self._shard)
+        op = torch.ops.elmo.sharded_linear.default
+        z: Tensor = op(x, local_of(self.weight), bias, carrier, self._shard)
         return z
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> ShardedLinear:
@@ -131,6 +131,3 @@ def whole_of(param: Any) -> Tensor:
     shard = LabelShard(param.device_mesh.get_group(), param.shape[0])
     sizes = [last - first for first, last in shard.bounds]
     return torch.cat(gather_rows(local_of(param), sizes, shard.group))
-
-
-__all__ = ["ShardedLinear", "sharded_linear", "whole_of"]

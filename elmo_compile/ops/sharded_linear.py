@@ -19,7 +19,18 @@ from torch import Tensor
 from elmo_compile.ops.call import forbid_second_derivative
 from elmo_compile.ops.collectives import gather_rows
 from elmo_compile.ops.linear import gradients_of, logits_of
-from elmo_compile.ops.shards import Agreement, LabelShard
+from elmo_compile.ops.shards import Agreement, LabelShard, local_part
+
+
+def sharded_head(x: Tensor, weight: Tensor, bias: Tensor | None, shard: str) -> Tensor:
+    """A sharded head's call as Dynamo keeps it: one node, which no pass over the graph can divide.
+
+    Args:
+        weight, bias: DTensors.
+    """
+    own = None if bias is None else local_part(bias)
+    z: Tensor = torch.ops.elmo.sharded_linear.default(x, local_part(weight), own, None, shard)
+    return z
 
 
 @torch.library.custom_op(

@@ -64,7 +64,7 @@ def local_of(t: Tensor) -> Tensor:
 
 
 def local_part(t: Any) -> Tensor:
-    """This process's part of a DTensor, whose gradient is the DTensor's. Dynamo keeps the call."""
+    """This process's part of a DTensor, whose gradient is the DTensor's."""
     found: Tensor = t.to_local()
     return found
 
@@ -73,7 +73,6 @@ def note_head(param: Tensor) -> None:
     """Remember that a DTensor [L, D] is the weight of a head that calls the ops of this package."""
     _groups[_group(param).group_name] = _group(param)
     setattr(param, _HEAD, True)  # no weak reference: torch moves such parameters by swapping them
-    torch.compiler.allow_in_graph(local_part)  # type: ignore[no-untyped-call]
 
 
 def is_head(param: Tensor) -> bool:

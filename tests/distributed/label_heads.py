@@ -44,7 +44,9 @@ def wrapped(run: Run) -> None:
         other = elmo.optim.SGD(twin.parameters(), 0.5, momentum=0.9)
         torch._dynamo.reset()
         if outside:
-            step = torch.compile(DistributedDataParallel(model), backend="elmo", options=EAGER)
+            # So small a bucket lets Dynamo divide the graph wherever a parameter is read.
+            wrapper = DistributedDataParallel(model, bucket_cap_mb=1e-6)
+            step = torch.compile(wrapper, backend="elmo", options=EAGER)
         else:
             step = DistributedDataParallel(torch.compile(model, backend="elmo", options=EAGER))
         for seed in range(2):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-SHORT = ("inspect_graph", "language_model", "recommender", "test_my_head")
+SHORT = ("inspect_graph", "language_model", "recommender", "several_devices", "test_my_head")
 
 
 def printed(name: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -41,6 +44,19 @@ def test_language_model(optimizer: str, gradient: str, capsys: pytest.CaptureFix
 
 def test_recommender(capsys: pytest.CaptureFixture[str]) -> None:
     assert "next item: R@1" in printed("recommender", capsys, "--steps", "2")
+
+
+def test_several_devices(examples: Path) -> None:
+    """Under torchrun, as its first lines say."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    done = subprocess.run(
+        [*command, "2", str(examples / "several_devices.py"), "--steps", "2"],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "outputs 0 to 25000 of 2 processes" in " ".join(done.stdout.split())
+    assert "of the genre" in done.stdout
+    assert "no head's update was fused" not in done.stderr
 
 
 def test_my_head(examples: Path) -> None:
