@@ -43,16 +43,24 @@ def wrapped(run: Run) -> None:
         opt = elmo.optim.SGD(model.parameters(), 0.5, momentum=0.9)
         other = elmo.optim.SGD(twin.parameters(), 0.5, momentum=0.9)
         torch._dynamo.reset()
+        graphs = []
+
+        def counted(gm: Any, inputs: Any, graphs: list[Any] = graphs) -> Any:
+            graphs.append(gm)
+            return elmo_backend(gm, inputs, options=EAGER)
+
         if outside:
-            # So small a bucket lets Dynamo divide the graph wherever a parameter is read.
-            wrapper = DistributedDataParallel(model, bucket_cap_mb=1e-6)
-            step = torch.compile(wrapper, backend="elmo", options=EAGER)
+            # So small buckets let Dynamo divide the graph wherever a parameter is read.
+            torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1
+            wrapper = DistributedDataParallel(model, bucket_cap_mb=1e-5)
+            step = torch.compile(wrapper, backend=counted)
         else:
             step = DistributedDataParallel(torch.compile(model, backend="elmo", options=EAGER))
         for seed in range(2):
             opt.zero_grad()
             step(*run.own(batch(seed, ROWS))).backward()
             opt.step()
+        assert len(graphs) > 1 or not outside
         assert elmo.is_fused(model.head.weight)
         train(None, twin, other, [batch(seed, ROWS) for seed in range(2)])
         same(model, twin, rtol=1e-5, atol=1e-6)
