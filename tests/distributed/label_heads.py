@@ -284,4 +284,69 @@ def refused(run: Run) -> None:
     dist.barrier()
 
 
-CASES = (wrapped, other_backends, top, memory, saved, placed, refused)
+def collected(run: Run) -> None:
+    """torch.distributed.checkpoint saves and loads model and optimizer, whole and in parts."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_state_dict,
+        set_state_dict,
+    )
+
+    def fresh(seed: int, dtype: torch.dtype) -> tuple[Any, Any]:
+        model = elmo.convert_head(net("ce", seed=seed), dtype)
+        run.shard(model)
+        return model, elmo.optim.AdamW(model.parameters(), 0.01)
+
+    batches = [batch(seed, ROWS) for seed in range(4)]
+    for dtype in (BF16, FP8):
+        model, opt = fresh(0, dtype)
+        train(run, model, opt, batches[:2])
+        if dtype == BF16:  # gloo and NCCL send no fp8
+            whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+            assert tuple(whole["head.weight"].shape) == (LABELS, 8)
+        folder = run.folder / f"dcp{dtype}"
+        dcp.save(dict(zip(("model", "opt"), get_state_dict(model, opt))), checkpoint_id=folder)
+        train(run, model, opt, batches[2:])
+        again, other = fresh(5, dtype)
+        parts = dict(zip(("model", "opt"), get_state_dict(again, other)))
+        dcp.load(parts, checkpoint_id=folder)
+        set_state_dict(again, other, model_state_dict=parts["model"], optim_state_dict=parts["opt"])
+        train(run, again, other, batches[2:])
+        same(again, elmo.distributed.unshard_head(copy.deepcopy(model)))
+
+
+def fully_sharded(run: Run) -> None:
+    """FSDP2 around it, which leaves the head alone; torch's own optimizer on the rest, or all."""
+    from torch.distributed.fsdp import fully_shard
+
+    for rule in (elmo.optim.SGD, torch.optim.SGD):
+        model, twin = net("ce"), net("ce")
+        run.shard(model)
+        fully_shard(model, mesh=run.mesh, ignored_params=set(model.head.parameters()))
+        opt = rule(model.parameters(), 0.5)
+        other = torch.optim.SGD(twin.parameters(), 0.5)
+        step = compiled(model)
+        for seed in range(2):
+            rows = batch(seed, ROWS)
+            opt.zero_grad()
+            other.zero_grad()
+            step(*run.own(rows)).backward()
+            twin(*rows).backward()
+            if rule is torch.optim.SGD:
+                norms = [
+                    torch.nn.utils.clip_grad_norm_(m.parameters(), 0.05) for m in (model, twin)
+                ]
+                found = norms[0].full_tensor() if isinstance(norms[0], DTensor) else norms[0]
+                torch.testing.assert_close(found, norms[1])
+            opt.step()
+            other.step()
+        assert elmo.is_fused(model.head.weight) is (rule is elmo.optim.SGD)
+        for (name, param), q in zip(model.named_parameters(), twin.parameters()):
+            torch.testing.assert_close(
+                param.full_tensor(), q.detach(), rtol=1e-5, atol=1e-6, msg=lambda m, n=name: n + m
+            )
+
+
+CASES = (wrapped, collected, fully_sharded, other_backends, top, memory, saved, placed, refused)
