@@ -24,13 +24,14 @@ from elmo_compile.deferred.made import Made
 from elmo_compile.deferred.nodes import defer
 from elmo_compile.lowering import lower, lower_later
 from elmo_compile.ops.data_parallel import hooked, wrapper_of
+from elmo_compile.ops.dtensors import local_of, local_part
 from elmo_compile.ops.exclusion import is_excluded
 from elmo_compile.ops.fused import open_call, serial_if_deferred
 from elmo_compile.ops.holders import in_a_module
 from elmo_compile.ops.kept import Tops, collecting
 from elmo_compile.ops.linear import carry
 from elmo_compile.ops.owners import Owner, live_owners, owner_of
-from elmo_compile.ops.shards import local_of, local_part
+from elmo_compile.ops.shards import telling
 from elmo_compile.ops.unfused import note
 from elmo_compile.passes.defer import same_logits
 from elmo_compile.passes.find import is_matrix, weight_inputs
@@ -127,7 +128,8 @@ class CompiledGraph:
     def __call__(self, *inputs: Any) -> Any:
         treatments = self.treatments(inputs)
         for head, treatment, weights in zip(self.analysis.heads, treatments, self._weights):
-            _check_usable(head, treatment, inputs)
+            with telling(head.shard, _device_of(head, inputs)):
+                _check_usable(head, treatment, inputs)
             for position in weights:
                 self.name_of(position, inputs)
             if treatment.owner is None and treatment.why != NOT_OWNED and torch.is_grad_enabled():
@@ -316,6 +318,12 @@ def _owner(head: PlannedHead, weight: Tensor, inputs: Sequence[Any]) -> tuple[Ow
         if storage and _storage(other) == storage:
             return None, "another input of the graph shares the weight's memory"
     return owner, ""
+
+
+def _device_of(head: PlannedHead, inputs: Sequence[Any]) -> torch.device:
+    """Where a sharded head is; any device for another one."""
+    position = head.weight_input
+    return torch.device("cpu") if position is None else inputs[position].device
 
 
 def _check_usable(head: PlannedHead, treatment: Treatment, inputs: Sequence[Any]) -> None:

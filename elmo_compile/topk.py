@@ -10,7 +10,8 @@ from torch import Tensor
 from elmo_compile import kernels
 from elmo_compile.errors import InputError, OptionError
 from elmo_compile.ops.collectives import gather_rows, swap
-from elmo_compile.ops.shards import Agreement, LabelShard, is_sharded, local_of
+from elmo_compile.ops.dtensors import is_sharded, local_of
+from elmo_compile.ops.shards import Agreement, LabelShard
 from elmo_compile.planner import default_compute_dtype
 
 WEIGHT_DTYPES = (
@@ -50,7 +51,7 @@ def topk(features: Tensor, weight: Tensor, k: int, *, bias: Tensor | None = None
         InputError: shapes or devices that do not fit.
         OptionError: k is no int in [1, L].
     """
-    if is_sharded(weight):
+    if is_sharded(weight) or is_sharded(bias):
         return _of_shards(features, weight, k, bias)
     _check(features, weight, k, bias)
     shape = (*features.shape[:-1], k)
@@ -62,14 +63,14 @@ def topk(features: Tensor, weight: Tensor, k: int, *, bias: Tensor | None = None
 def _of_shards(features: Tensor, weight: Any, k: int, bias: Any) -> TopK:
     """The same of a weight whose rows are spread over processes: each finds the largest of its own,
     and sends them where the row is."""
-    by_rows = weight.device_mesh.ndim == 1 and weight.placements[0].is_shard(0)
-    if not by_rows or not (bias is None or is_sharded(bias)):
+    if not all(p is None or _is_by_rows(p) for p in (weight, bias)):
         raise InputError(
-            f"topk: a DTensor weight with {weight.placements}, bias {type(bias).__name__}; "
-            "accepted: Shard(0) over a mesh of one dimension, and a bias sharded likewise"
+            f"topk: the weight is a {type(weight).__name__}, the bias a {type(bias).__name__}; "
+            "accepted: both whole, or both DTensors with Shard(0) over a mesh of one dimension"
         )
     shard = LabelShard.of(weight)
-    with Agreement(shard.group, weight.device) as agreement:
+    must = "k, features' columns and dtypes, and whether there is a bias"
+    with Agreement(shard.group, weight.device, "topk of a sharded head", must) as agreement:
         _check(features, weight, k, bias)
         rows = features.detach().reshape(-1, features.shape[-1])
         same = k, rows.shape[1], rows.dtype, weight.dtype, bias is None
@@ -95,6 +96,10 @@ def _of_shards(features: Tensor, weight: Any, k: int, bias: Any) -> TopK:
     shape = (*features.shape[:-1], k)
     indices = found[1].gather(1, order[:, :k])
     return TopK(values[:, :k].reshape(shape), indices.reshape(shape))
+
+
+def _is_by_rows(t: Any) -> bool:
+    return is_sharded(t) and t.device_mesh.ndim == 1 and t.placements[0].is_shard(0)
 
 
 def _check(features: Tensor, weight: Tensor, k: int, bias: Tensor | None) -> None:

@@ -31,7 +31,7 @@ from elmo_compile.passes.records import (
     ProgramMatch,
     Region,
 )
-from elmo_compile.passes.shards import is_sharded, localize
+from elmo_compile.passes.shards import localize
 from elmo_compile.passes.weights import store_by_outputs
 from elmo_compile.report.records import Code, Refusal
 
@@ -66,12 +66,6 @@ def _match(item: AtenRegion, options: Options) -> HeadMatch | ProgramMatch | Ref
     known = match_region(item)
     if isinstance(known, HeadMatch) or item.region.tail or known.code not in _PERHAPS_A_PROGRAM:
         return known
-    if is_sharded(item.region.seed):
-        return dataclasses.replace(
-            known,
-            reason=f"{known.reason}; only binary and softmax cross entropy run over a sharded head",
-            remedy="one of these losses; or a head that every process has whole",
-        )
     return match_program(item)
 
 

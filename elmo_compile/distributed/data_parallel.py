@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from elmo_compile.errors import ElmoError
 from elmo_compile.heads.convert import find_head
 from elmo_compile.ops.data_parallel import refuse_gradient
+from elmo_compile.ops.dtensors import is_sharded
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -49,6 +51,11 @@ def ignore_heads(
     """
     chosen = [find_head(model, name, who="ignore_heads") for name in names or (None,)]
     for path, head in chosen:
+        if is_sharded(head.weight):
+            raise ElmoError(
+                f"ignore_heads: {path or 'the head'} is sharded; shard_head keeps it out of "
+                "DistributedDataParallel already"
+            )
         ignore_parameters(model, [f"{path}.weight" if path else "weight"])
         if dist.is_available() and dist.is_initialized():
             with torch.no_grad():

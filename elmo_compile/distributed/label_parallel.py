@@ -7,15 +7,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from elmo_compile.distributed.data_parallel import ignore_parameters
 from elmo_compile.errors import ElmoError, OptionError
-from elmo_compile.heads.convert import check_replaceable, find_head, replace_head
+from elmo_compile.heads.convert import check_replaceable, exclude, find_head, replace_head
 from elmo_compile.heads.low_precision import LowPrecisionLinear
 from elmo_compile.heads.sharded import ShardedLinear, whole_of
 from elmo_compile.ops.exclusion import is_excluded
 from elmo_compile.ops.owners import owner_of
 from elmo_compile.ops.shards import Agreement, LabelShard
+from elmo_compile.optim import guards
 
 M = TypeVar("M", bound=nn.Module)
 _BLOCK_BYTES = 1 << 26
@@ -31,9 +33,10 @@ def shard_head(model: M, mesh: Any, *, name: str | None = None) -> M:
     DistributedDataParallel makes those of the other parameters, which it keeps out of the head.
     Rounding bits are those of the whole head, for any number of processes.
 
-    Call it in every process, after `convert_head` and before the optimizer is made and before
-    DistributedDataParallel (or `fully_shard`, with the head's parameters in `ignored_params`).
-    Every process must then call the model, `backward()` and `opt.step()` as often as the others.
+    Call it in every process, after `convert_head` and before the optimizer is made, with the very
+    module that DistributedDataParallel is then given (or before `fully_shard`, with the head's
+    parameters in `ignored_params`). Every process must then call the model, `backward()` and
+    `opt.step()` as often as the others.
 
     Args:
         model: changed in place; its head is the nn.Linear with the most outputs. Weights on the
@@ -50,31 +53,36 @@ def shard_head(model: M, mesh: Any, *, name: str | None = None) -> M:
         InputError: the processes do not have the same head.
     """
     group = _group_of(mesh)
-    path, head = find_head(model, name, who="shard_head")
-    weight, bias = head.weight, head.bias
-    with Agreement(group, torch.device(mesh.device_type)) as agreement:
+    with _together(group, mesh.device_type) as agreement:
+        if isinstance(model, DistributedDataParallel):
+            raise OptionError(
+                "shard_head: the model is in DistributedDataParallel already; shard its head first"
+            )
+        path, head = find_head(model, name, who="shard_head")
         check_replaceable(model, path, head, "shard_head", "sharded")
-        _check_device(path, weight, mesh)
+        _check_device(path, head.weight, mesh)
         shard = LabelShard(group, head.out_features)
         if any(first == last for first, last in shard.bounds):
             raise OptionError(
                 f"shard_head: {head.out_features} outputs over {shard.world} processes would leave "
                 "one without any; use fewer processes"
             )
-        stored = (tuple(weight.shape), weight.dtype, None if bias is None else bias.dtype)
-        agreement.tell(same=(*stored, weight.is_meta, weight.requires_grad))
-    parts = [None if p is None else _part(p, shard, mesh) for p in (weight, bias)]
-    if isinstance(head, LowPrecisionLinear) and parts[0] is not None:
-        parts[0].grad_dtype = None
-    assert parts[0] is not None
-    new = ShardedLinear.of(head, parts[0], parts[1])
-    if is_excluded(weight):
-        from elmo_compile.heads.convert import exclude
-
+        params = dict(head.named_parameters(recurse=False))
+        agreement.tell(
+            same=[
+                (n, tuple(p.shape), p.dtype, p.is_meta, p.requires_grad) for n, p in params.items()
+            ]
+        )
+    parts = {n: _part(p, shard, mesh) for n, p in params.items()}
+    if isinstance(head, LowPrecisionLinear):
+        parts["weight"].grad_dtype = None
+    new = ShardedLinear.of(head, parts["weight"], parts.get("bias"))
+    if is_excluded(head.weight):
         exclude(new)
-    own = [f"{path}.{n}" if path else n for n, _ in new.named_parameters()]
-    ignore_parameters(model, own)
-    return replace_head(model, path, new)
+    guards.install()  # GradScaler takes no mixture of DTensors and others
+    model = replace_head(model, path, new)
+    ignore_parameters(model, [f"{path}.{n}" if path else n for n in params])
+    return model
 
 
 def unshard_head(model: M, *, name: str | None = None) -> M:
@@ -90,23 +98,33 @@ def unshard_head(model: M, *, name: str | None = None) -> M:
     Raises:
         ElmoError: there is no sharded head (of that name), or an optimizer owns it.
     """
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, ShardedLinear) and name in (None, path)
-    ]
-    if not found:
-        where = "" if name is None else f" named {name!r}"
-        raise ElmoError(f"unshard_head: the model has no sharded head{where}")
-    for path, head in found:
-        if owner_of(head.weight) is not None:
-            raise ElmoError(
-                f"unshard_head: an optimizer owns the weight of {path or 'the head'}; delete the "
-                "optimizer first"
-            )
+    sharded = {p: m for p, m in model.named_modules() if isinstance(m, ShardedLinear)}
+    if not sharded:
+        raise ElmoError("unshard_head: the model has no sharded head")
+    mesh: Any = next(iter(sharded.values())).weight
+    with _together(mesh.device_mesh.get_group(), mesh.device.type) as agreement:
+        found = [(path, head) for path, head in sharded.items() if name in (None, path)]
+        if not found:
+            raise ElmoError(f"unshard_head: no sharded head is called {name!r}: {sorted(sharded)}")
+        for path, head in found:
+            if owner_of(head.weight) is not None:
+                raise ElmoError(
+                    f"unshard_head: an optimizer owns the weight of {path or 'the head'}; delete "
+                    "the optimizer first"
+                )
+        agreement.tell(same=[path for path, _ in found])
     for path, head in found:
         model = replace_head(model, path, _whole(head))
     return model
+
+
+def _together(group: Any, device_type: str) -> Agreement:
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device(device_type, torch.cuda.current_device())
+    return Agreement(
+        group, device, "shard_head or unshard_head", "the head (name, shapes, dtypes, device)"
+    )
 
 
 def _whole(head: ShardedLinear) -> nn.Linear:
@@ -166,10 +184,12 @@ def _part(param: Tensor, shard: LabelShard, mesh: Any) -> nn.Parameter:
 def _receive(own: Tensor, whole: Tensor, shard: LabelShard) -> None:
     """Fill this process's rows from process 0, some rows at a time."""
     sender = dist.get_global_rank(shard.group, 0)
+    sends = dist.get_rank() == sender
     row = max(1, whole[0].numel() * whole.element_size())
     step = max(1, _BLOCK_BYTES // row)
     for start in range(0, shard.num_outputs, step):
-        block = whole[start : start + step].contiguous()
+        block = whole[start : start + step]
+        block = block.contiguous() if sends else torch.empty_like(block).contiguous()
         raw = block.view(-1).view(torch.uint8)
         dist.broadcast(raw, src=sender, group=shard.group)
         first = max(start, shard.first)

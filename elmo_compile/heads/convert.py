@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -192,21 +192,23 @@ def check_replaceable(model: nn.Module, path: str, head: nn.Linear, who: str, wh
             f"{who}: {where} is a {type(head).__name__}; only a plain nn.Linear without "
             f"parametrisations can be {what}"
         )
-    readers = [n for n, p in model.named_parameters(remove_duplicate=False) if p is head.weight]
-    if len(readers) > 1:
-        raise ElmoError(
-            f"{who}: the weight of {where} is tied ({readers}); a head that is {what} must "
-            "own its weight. Untie it first, e.g. "
-            "head.weight = nn.Parameter(head.weight.detach().clone())"
-        )
-    hooks = (
+    params = dict(head.named_parameters(recurse=False))
+    for own, param in params.items():
+        readers = [n for n, p in model.named_parameters(remove_duplicate=False) if p is param]
+        if len(readers) > 1:
+            raise ElmoError(
+                f"{who}: the {own} of {where} is tied ({readers}); a head that is {what} must own "
+                f"its {own}. Untie it first, e.g. "
+                f"head.{own} = nn.Parameter(head.{own}.detach().clone())"
+            )
+    hooks: list[Any] = [
         head._forward_hooks,
         head._forward_pre_hooks,
         head._backward_hooks,
         head._backward_pre_hooks,
-        head.weight._backward_hooks,
-        head.weight._post_accumulate_grad_hooks,
-    )
+    ]
+    for param in params.values():
+        hooks += [param._backward_hooks, param._post_accumulate_grad_hooks]
     if any(hooks):
         raise ElmoError(f"{who}: {where} has hooks, which would be lost; remove them first")
     if owner_of(head.weight) is not None:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from elmo_compile.errors import ElmoError
 from elmo_compile.heads.low_precision import WIDER, LowPrecisionLinear, keeping_dtype, rounded_to
 from elmo_compile.ops.collectives import gather_rows
+from elmo_compile.ops.dtensors import local_of, local_part, note_head
 from elmo_compile.ops.linear import carry
 from elmo_compile.ops.owners import owner_of
 from elmo_compile.ops.sharded_linear import sharded_head
-from elmo_compile.ops.shards import LabelShard, local_of, local_part, note_head
+from elmo_compile.ops.shards import LabelShard, note_group
 
 
 class ShardedLinear(nn.Linear):
@@ -48,6 +49,7 @@ class ShardedLinear(nn.Linear):
 
     def _note(self) -> None:
         note_head(self.weight)
+        note_group(self.weight)
         torch.compiler.allow_in_graph(sharded_head)  # type: ignore[no-untyped-call]
         self._shard = LabelShard.of(self.weight).encode()
 
@@ -93,6 +95,7 @@ class ShardedLinear(nn.Linear):
             if isinstance(given, Tensor) and given.shape == param.shape:
                 state_dict[prefix + name] = self._part_of(given, param)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._note()  # of another Parameter, with assign=True
 
     def _part_of(self, given: Any, param: Any) -> Any:
         """A whole tensor, or a DTensor, as a DTensor like `param`."""
@@ -102,7 +105,7 @@ class ShardedLinear(nn.Linear):
             local = given.redistribute(param.device_mesh, param.placements).to_local()
         else:
             shard = LabelShard.of(self.weight)
-            local = given.detach()[shard.first : shard.first + shard.count]
+            local = given.detach()[shard.first : shard.first + shard.count].clone()
         if self.storage_dtype is not None and param is self.weight and given.dtype in WIDER:
             local = rounded_to(local, self.storage_dtype)
         return DTensor.from_local(

@@ -13,7 +13,7 @@ from elmo_compile.kernels.problem import Forward, HeadProblem
 from elmo_compile.numerics.features import FP8, round_features
 from elmo_compile.numerics.losses import BCE, CE, LossSpec
 from elmo_compile.ops.kept import KEPT, collector
-from elmo_compile.ops.shards import Spread
+from elmo_compile.ops.spread import Spread
 
 NO_SECOND_DERIVATIVE = (
     "a backward with create_graph=True reached a huge head's loss; elmo_compile has no second "

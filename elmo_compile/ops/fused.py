@@ -32,7 +32,8 @@ from elmo_compile.ops.data_parallel import group_of, number_of, wrapper_of
 from elmo_compile.ops.head_loss import fake_outputs
 from elmo_compile.ops.owners import Owner, new_serial, owner_by_key
 from elmo_compile.ops.second_pass import keep_head
-from elmo_compile.ops.shards import Spread, spread_of
+from elmo_compile.ops.shards import telling
+from elmo_compile.ops.spread import Spread, spread_of
 
 UNCAPTURED = (torch.Tag.cudagraph_unsafe,)
 """Tags of ops with a fused update, which Inductor leaves out of its own CUDA graphs: a replay would
@@ -112,12 +113,15 @@ def fused_head_loss(
     hold: bool,
     shard: str = "",
 ) -> tuple[Tensor, Tensor]:
-    spec, owner = LossSpec.decode(loss), owner_by_key(int(handle[0]))
-    weight = owner.weight
+    spec = LossSpec.decode(loss)
+    with telling(shard, x.device):
+        owner = owner_by_key(int(handle[0]))
+        weight = owner.weight
     spread = spread_of(shard, weight)
     L = spread.num_outputs
     problem = spread.agreed(
         x.device,
+        "forward with an update",
         lambda: make_problem(
             x, weight, bias, target, target_aux, spec, chunk, compute, num_outputs=L
         ),
@@ -198,11 +202,11 @@ def fused_head_loss_backward(
     spec = LossSpec.decode(loss)
     key, ticket, serial, at_once, version, wrapper = handle.tolist()
     need_value = deferred and not at_once and spec.name != CE
-    owner = owner_by_key(key)
-    weight, policy = owner.weight, owner.policy()
+    with telling(shard, x.device):
+        owner = owner_by_key(key)
+        weight, policy, wanted = owner.weight, owner.policy(), weight_is_wanted(owner)
     spread = spread_of(shard, weight)
     L = spread.num_outputs
-    wanted = weight_is_wanted(owner)
 
     def checked() -> HeadProblem:
         owner.check_values(ticket, version)
@@ -214,7 +218,8 @@ def fused_head_loss_backward(
             x, weight, bias, target, target_aux, spec, chunk, compute, num_outputs=L
         )
 
-    problem = spread.agreed(x.device, checked)
+    asked = "update", need_dx, need_db, need_value, wanted, policy.at_step, policy.clips
+    problem = spread.agreed(x.device, asked, checked)
     problem = dataclasses.replace(problem, capturable=policy.capturable)
     factor = row_factor(spec, target, L, x.shape[0], scale, divisor)
     scale_N = row_scale(grad, spec, target, factor, x.shape[0])

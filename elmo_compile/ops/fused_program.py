@@ -26,6 +26,8 @@ from elmo_compile.ops.head_program import (
 )
 from elmo_compile.ops.owners import owner_by_key
 from elmo_compile.ops.second_pass import keep_program
+from elmo_compile.ops.shards import telling
+from elmo_compile.ops.spread import exchange_of
 
 
 @torch.library.custom_op(
@@ -33,7 +35,7 @@ from elmo_compile.ops.second_pass import keep_program
     mutates_args=(),
     tags=UNCAPTURED,
     schema="(Tensor x, Tensor[] inputs, Tensor anchor, Tensor handle, Tensor sink, SymInt[] sizes, "
-    "str program, int chunk, ScalarType compute) -> Tensor[]",
+    "str program, int chunk, ScalarType compute, str shard='') -> Tensor[]",
 )
 def fused_head_program(
     x: Tensor,
@@ -45,20 +47,22 @@ def fused_head_program(
     program: str,
     chunk: int,
     compute: torch.dtype,
+    shard: str = "",
 ) -> list[Tensor]:
     from elmo_compile.kernels.aten.programs import forward
 
     found = find_program(program)
-    weight = owner_by_key(int(handle[0])).param.detach()
-    products = products_of([x], [weight], compute, [False])
-    results = forward(found, products, found.arguments(inputs, sizes), chunk)
+    with exchange_of(shard, x, found.name) as spread:
+        weight = owner_by_key(int(handle[0])).weight
+        products = products_of([x], [weight], compute, [False])
+        results = forward(found, products, found.arguments(inputs, sizes), chunk, spread)
     return unaliased(results, inputs)
 
 
 @fused_head_program.register_fake
 def _(
     x: Tensor, inputs: list[Tensor], anchor: Any, handle: Any, sink: Any, sizes: list[int],
-    program: str, chunk: int, compute: torch.dtype,
+    program: str, chunk: int, compute: torch.dtype, shard: str = "",
 ) -> list[Tensor]:  # fmt: skip
     return fake_results([x], inputs, sizes, program, compute)
 
@@ -68,8 +72,8 @@ def _(
     mutates_args=("sink",),
     tags=UNCAPTURED,
     schema="(Tensor[] tangents, Tensor x, Tensor[] inputs, Tensor[] saved, Tensor handle, "
-    "Tensor(a!) sink, SymInt[] sizes, str program, int chunk, ScalarType compute, bool need_dx) "
-    "-> (Tensor dx, Tensor grads)",
+    "Tensor(a!) sink, SymInt[] sizes, str program, int chunk, ScalarType compute, bool need_dx, "
+    "str shard='') -> (Tensor dx, Tensor grads)",
 )
 def fused_head_program_backward(
     tangents: list[Tensor],
@@ -83,27 +87,30 @@ def fused_head_program_backward(
     chunk: int,
     compute: torch.dtype,
     need_dx: bool,
+    shard: str = "",
 ) -> tuple[Tensor, Tensor]:
     from elmo_compile.kernels.aten.programs import backward
 
     found = find_program(program)
     key, ticket, _, _, version, wrapper = handle.tolist()
-    owner = owner_by_key(key)
-    owner.check_values(ticket, version)
-    products = products_of([x], [owner.param.detach()], compute, [False])
+    with telling(shard, x.device):
+        owner = owner_by_key(key)
+        policy, wanted = owner.policy(), weight_is_wanted(owner)
     arguments = [*found.arguments(inputs, sizes), *saved, *tangents]
-    wanted = weight_is_wanted(owner)
-    if not wanted or owner.policy().at_step:
-        if wanted:
-            owner.check_keep(ticket)
-        made = backward(
-            found, products, arguments, chunk, need_dx=[need_dx], need_dw=[False],
-            need_norm=wanted and owner.policy().clips, need_finite=wanted,
-        )  # fmt: skip
-        if wanted:
-            assert made.finite is not None
-            owner.keep(
-                keep_program(
+    asked = found.name, need_dx, wanted, policy.at_step, policy.clips
+    with exchange_of(shard, x, asked) as spread:
+        owner.check_values(ticket, version)
+        products = products_of([x], [owner.weight], compute, [False])
+        if not wanted or policy.at_step:
+            if wanted:
+                owner.check_keep(ticket)
+            made = backward(
+                found, products, arguments, chunk, need_dx=[need_dx], need_dw=[False],
+                need_norm=wanted and policy.clips, need_finite=wanted, spread=spread,
+            )  # fmt: skip
+            if wanted:
+                assert made.finite is not None
+                kept = keep_program(
                     found,
                     x,
                     [*found.arguments(inputs, sizes), *saved],
@@ -112,21 +119,27 @@ def fused_head_program_backward(
                     compute,
                     made.norm2,
                     made.finite,
-                ),
-                group_of(wrapper),
-            )
-    else:
-        owner.check_ticket(ticket)
-        update = owner.next_update().on_host()
-        for given in (x, *tangents):
-            check_finite(owner, "features" if given is x else "upstream gradient", given)
-        with owner.applying():
-            made = backward(
-                found, products, arguments, chunk, need_dx=[need_dx], need_dw=[True],
-                updates={0: update}, need_finite=True,
-            )  # fmt: skip
-        assert made.finite is not None
-        owner.notice_stored(made.finite)
+                    shard,
+                )
+                if spread is not None:
+                    kept.wrong = spread.any(kept.wrong)
+                # What a sharded head keeps is made into the processes' mean by its update.
+                owner.keep(kept, None if shard else group_of(wrapper))
+        else:
+            owner.check_ticket(ticket)
+            update = owner.next_update().on_host()
+            for given in (x, *tangents):
+                check_finite(owner, "features" if given is x else "upstream gradient", given)
+            if spread is not None:
+                spread.agree()
+            with owner.applying():
+                made = backward(
+                    found, products, arguments, chunk, need_dx=[need_dx], need_dw=[True],
+                    updates={0: update}, need_finite=True, spread=spread,
+                )  # fmt: skip
+            assert made.finite is not None
+            finite = made.finite if spread is None else ~spread.any(~made.finite)
+            owner.notice_stored(finite)
     dx = made.dx[0]
     grads = input_gradients(found, inputs, made.inputs)
     flat = [grad.reshape(-1).to(work_dtype(compute)) for grad in grads]
@@ -139,7 +152,7 @@ def fused_head_program_backward(
 @fused_head_program_backward.register_fake
 def _(
     tangents: Any, x: Tensor, inputs: list[Tensor], saved: Any, handle: Any, sink: Any, sizes: Any,
-    program: str, chunk: int, compute: torch.dtype, need_dx: bool,
+    program: str, chunk: int, compute: torch.dtype, need_dx: bool, shard: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     count: Any = sum(t.numel() for t in find_program(program).wanted_of(inputs))
     return (
@@ -154,7 +167,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     saved = output[found.num_results :]
     ctx.count = len(tensors)
     ctx.save_for_backward(x, handle, sink, *tensors, *saved)
-    ctx.config = config
+    *ctx.config, ctx.shard = config
     ctx.results = [(r.shape, r.dtype, r.device) for r in output[: found.num_results]]
     ctx.mark_non_differentiable(*(r for i, r in enumerate(output) if i not in found.differentiable))
 
@@ -170,7 +183,15 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     found = find_program(ctx.config[1])
     need_x, need_inputs, need_anchor = ctx.needs_input_grad[:3]
     dx, flat = torch.ops.elmo.fused_head_program_backward(
-        tangents_of(found, grads, ctx.results), x, tensors, saved, handle, sink, *ctx.config, need_x
+        tangents_of(found, grads, ctx.results),
+        x,
+        tensors,
+        saved,
+        handle,
+        sink,
+        *ctx.config,
+        need_x,
+        ctx.shard,
     )
     wanted = found.wanted_of(tensors)
     parts = flat.split([t.numel() for t in wanted]) if wanted else ()
@@ -181,7 +202,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         x.new_zeros((0,)) if need_anchor else None,
         *(None for _ in range(2)),
         None if ctx.config[0] else [],
-        *(None for _ in range(len(ctx.config) - 1)),
+        *(None for _ in ctx.needs_input_grad[6:]),  # torch leaves out arguments with their default
     )
 
 

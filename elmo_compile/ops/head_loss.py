@@ -23,7 +23,7 @@ from elmo_compile.ops.call import (
     row_factor,
     row_scale,
 )
-from elmo_compile.ops.shards import spread_of
+from elmo_compile.ops.spread import spread_of
 
 
 @torch.library.custom_op(
@@ -51,6 +51,7 @@ def head_loss(
     L = spread.num_outputs
     problem = spread.agreed(
         x.device,
+        "forward",
         lambda: make_problem(
             x, weight, bias, target, target_aux, spec, chunk, compute, num_outputs=L
         ),
@@ -110,6 +111,7 @@ def head_loss_backward(
     L = spread.num_outputs
     problem = spread.agreed(
         x.device,
+        ("backward", need_dx, need_dw, need_db),
         lambda: make_problem(
             x, weight, bias, target, target_aux, spec, chunk, compute, wide_dw=wide_dw,
             num_outputs=L,

@@ -15,6 +15,7 @@ from torch import Tensor
 from elmo_compile.errors import ElmoError, InputError
 from elmo_compile.ops.call import forbid_second_derivative
 from elmo_compile.ops.head_loss import gradient_dtype
+from elmo_compile.ops.spread import exchange_of
 
 
 def find_program(key: str) -> Any:
@@ -58,7 +59,7 @@ def work_dtype(compute: torch.dtype) -> torch.dtype:
     "elmo::head_program",
     mutates_args=(),
     schema="(Tensor[] xs, Tensor[] ws, Tensor[] carriers, Tensor[] inputs, SymInt[] sizes, "
-    "str program, int chunk, ScalarType compute) -> Tensor[]",
+    "str program, int chunk, ScalarType compute, str shard='') -> Tensor[]",
 )
 def head_program(
     xs: list[Tensor],
@@ -69,12 +70,14 @@ def head_program(
     program: str,
     chunk: int,
     compute: torch.dtype,
+    shard: str = "",
 ) -> list[Tensor]:
     from elmo_compile.kernels.aten.programs import forward
 
     found = find_program(program)
-    products = products_of(xs, ws, compute, [False] * len(xs))
-    results = forward(found, products, found.arguments(inputs, sizes), chunk)
+    with exchange_of(shard, xs[0], found.name) as spread:
+        products = products_of(xs, ws, compute, [False] * len(xs))
+        results = forward(found, products, found.arguments(inputs, sizes), chunk, spread)
     return unaliased(results, inputs)
 
 
@@ -93,7 +96,7 @@ def unaliased(results: list[Any], inputs: list[Tensor]) -> list[Tensor]:
 @head_program.register_fake
 def _(
     xs: list[Tensor], ws: list[Tensor], carriers: Any, inputs: list[Tensor], sizes: list[int],
-    program: str, chunk: int, compute: torch.dtype,
+    program: str, chunk: int, compute: torch.dtype, shard: str = "",
 ) -> list[Tensor]:  # fmt: skip
     return fake_results(xs, inputs, sizes, program, compute)
 
@@ -118,7 +121,7 @@ def fake_results(
     mutates_args=(),
     schema="(Tensor[] tangents, Tensor[] xs, Tensor[] ws, Tensor[] inputs, Tensor[] saved, "
     "SymInt[] sizes, str program, int chunk, ScalarType compute, bool[] need_dx, bool[] need_dw, "
-    "bool[] wide) -> Tensor[]",
+    "bool[] wide, str shard='') -> Tensor[]",
 )
 def head_program_backward(
     tangents: list[Tensor],
@@ -133,18 +136,21 @@ def head_program_backward(
     need_dx: list[bool],
     need_dw: list[bool],
     wide: list[bool],
+    shard: str = "",
 ) -> list[Tensor]:
     from elmo_compile.kernels.aten.programs import backward
 
     found = find_program(program)
-    made = backward(
-        found,
-        products_of(xs, ws, compute, wide),
-        [*found.arguments(inputs, sizes), *saved, *tangents],
-        chunk,
-        need_dx=need_dx,
-        need_dw=need_dw,
-    )
+    with exchange_of(shard, xs[0], (found.name, need_dx, need_dw)) as spread:
+        made = backward(
+            found,
+            products_of(xs, ws, compute, wide),
+            [*found.arguments(inputs, sizes), *saved, *tangents],
+            chunk,
+            need_dx=need_dx,
+            need_dw=need_dw,
+            spread=spread,
+        )
     return [
         *(x.new_empty(0) if dx is None else dx.to(x.dtype) for x, dx in zip(xs, made.dx)),
         *(
@@ -167,7 +173,7 @@ def input_gradients(found: Any, inputs: list[Tensor], grads: list[Any]) -> list[
 def _(
     tangents: Any, xs: list[Tensor], ws: list[Tensor], inputs: list[Tensor], saved: Any, sizes: Any,
     program: str, chunk: int, compute: torch.dtype, need_dx: list[bool], need_dw: list[bool],
-    wide: list[bool],
+    wide: list[bool], shard: str = "",
 ) -> list[Tensor]:  # fmt: skip
     found = find_program(program)
     return [
@@ -186,13 +192,14 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    xs, ws, carriers, tensors, sizes, program, chunk, compute = inputs
+    xs, ws, carriers, tensors, sizes, program, chunk, compute, ctx.shard = inputs
     found = find_program(program)
     saved = output[found.num_results :]
     ctx.counts = (len(xs), len(tensors), len(saved))
     ctx.save_for_backward(*xs, *ws, *tensors, *saved)
     ctx.config = (sizes, program, chunk, compute)
     ctx.carried = len(carriers)
+    ctx.wide = [bool(carriers) and carriers[0].dtype != w.dtype for w in ws]
     ctx.results = [(r.shape, r.dtype, r.device) for r in output[: found.num_results]]
     constant = [r for i, r in enumerate(output) if i not in found.differentiable]
     ctx.mark_non_differentiable(*constant)
@@ -223,7 +230,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     need_dw = [need and got for need, got in zip(need_carriers if carried else need_ws, reached)]
     out = torch.ops.elmo.head_program_backward(
         tangents_of(found, grads, ctx.results), xs, ws, tensors, saved, sizes, program, chunk,
-        compute, need_dx, need_dw, [carried] * n,
+        compute, need_dx, need_dw, ctx.wide, ctx.shard,
     )  # fmt: skip
     dx = [d if need else None for d, need in zip(out[:n], need_dx)]
     dw = [d if need else None for d, need in zip(out[n : 2 * n], need_dw)]
@@ -233,7 +240,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         dw if carried else [],
         found.spread(out[2 * n :], need_inputs),
         None if sizes else [],
-        *(None for _ in range(3)),
+        *(None for _ in ctx.needs_input_grad[5:]),  # torch leaves out arguments with their default
     )
 
 

@@ -13,9 +13,9 @@ from elmo_compile.errors import FusedUpdateError
 from elmo_compile.numerics.capture import capturing
 from elmo_compile.ops.data_parallel import group_of_ignored
 from elmo_compile.ops.device_flag import DeviceFlag
+from elmo_compile.ops.dtensors import local_of, placed_as, sum_over_shards
 from elmo_compile.ops.gather import gathered
 from elmo_compile.ops.second_pass import Kept, keep_dense, merged, squared_norm
-from elmo_compile.ops.shards import local_of, sum_over_shards
 
 
 class Policy(NamedTuple):
@@ -114,7 +114,7 @@ class KeptGradients:
             self.tell_refusal()
             raise
         if grad is not None and (self.kept or group is not None):
-            self._dense = [keep_dense(local_of(grad))]
+            self._dense = [keep_dense(local_of(placed_as(grad, self.param)))]
             if self.param.is_cuda:
                 self._dense_invalid.add(self._dense[0].wrong.to(torch.int32))
         if group is not None:

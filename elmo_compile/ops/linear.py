@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elmo_compile.ops.call import forbid_second_derivative
+from elmo_compile.ops.dtensors import carry_shard, is_sharded
 from elmo_compile.ops.hidden_gradients import watch
-from elmo_compile.ops.shards import carry_shard, is_sharded
 
 CHUNK_BYTES = 16 * 2**20
 """Widened weight held at once."""

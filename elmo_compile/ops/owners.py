@@ -23,12 +23,12 @@ from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.counters import Counters
 from elmo_compile.ops.device_flag import DeviceFlag
+from elmo_compile.ops.dtensors import local_of
 from elmo_compile.ops.kept import about_to_change
 from elmo_compile.ops.kept_gradients import KeptGradients
 from elmo_compile.ops.open_calls import OpenCalls
 from elmo_compile.ops.replays import Replays
 from elmo_compile.ops.second_pass import Kept, apply, current_task, for_kept
-from elmo_compile.ops.shards import local_of, sum_over_shards
 
 
 class Owner(KeptGradients, OpenCalls):
@@ -224,6 +224,8 @@ class Owner(KeptGradients, OpenCalls):
                 "that this optimizer does not own (load_state_dict(assign=True)?). Construct the "
                 "optimizer again from the model's parameters, or add it by add_param_group()"
             )
+        if self.kept:
+            self._check_unchanged()
         self.check_invalid()
 
     def _has_gradient(self) -> bool:
@@ -231,8 +233,7 @@ class Owner(KeptGradients, OpenCalls):
         grad = self.param.grad
         if grad is None or grad.is_sparse or capturing(self.param.device):
             return grad is not None
-        given = local_of(grad).any().to(torch.int32)
-        return bool(sum_over_shards(given, self.param))
+        return bool(local_of(grad).any())
 
     def _heir_in_use(self) -> bool:
         heir = owner_of(self.param)

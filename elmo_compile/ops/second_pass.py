@@ -21,6 +21,7 @@ from elmo_compile.kernels.problem import Chunk, HeadProblem
 from elmo_compile.numerics.capture import capturing
 from elmo_compile.numerics.losses import BCE, LossSpec, Positives
 from elmo_compile.numerics.update import Update
+from elmo_compile.ops.spread import exchange_of
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -91,6 +92,8 @@ class KeptProgram:
     norm2: Tensor | None
     wrong: Tensor
     task: int
+    shard: str = ""
+    """How the outputs are spread over processes (`shards.LabelShard`); empty for a whole head."""
 
     def times_(self, factor: float | Tensor) -> None:
         """Scale the gradient, which is linear in its upstream gradients."""
@@ -103,7 +106,9 @@ class KeptProgram:
         from elmo_compile.kernels.aten.programs import Product, program_chunks
 
         product = Product(x=self.x, w_LD=w_LD, compute_dtype=self.compute)
-        return program_chunks(self.program, product, [*self.inputs, *self.tangents], chunk)
+        given = [*self.inputs, *self.tangents]
+        with exchange_of(self.shard, self.x, self.program.name) as spread:
+            yield from program_chunks(self.program, product, given, chunk, spread)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -175,6 +180,7 @@ def keep_program(
     compute: torch.dtype,
     norm2: Tensor | None,
     finite: Tensor,
+    shard: str = "",
 ) -> KeptProgram:
     """Keep a backward of a program, with copies of what compiled code may overwrite.
 
@@ -196,6 +202,7 @@ def keep_program(
         norm2=norm2,
         wrong=~finite,
         task=current_task(),
+        shard=shard,
     )
 
 

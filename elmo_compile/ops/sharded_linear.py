@@ -18,8 +18,9 @@ from torch import Tensor
 
 from elmo_compile.ops.call import forbid_second_derivative
 from elmo_compile.ops.collectives import gather_rows
+from elmo_compile.ops.dtensors import local_part
 from elmo_compile.ops.linear import gradients_of, logits_of
-from elmo_compile.ops.shards import Agreement, LabelShard, local_part
+from elmo_compile.ops.shards import Agreement, LabelShard
 
 
 def sharded_head(x: Tensor, weight: Tensor, bias: Tensor | None, shard: str) -> Tensor:
@@ -42,7 +43,7 @@ def sharded_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, carrier: Tensor | None, shard: str
 ) -> Tensor:
     spread = LabelShard.decode(shard)
-    x_AD, rows = _of_all(x, weight, spread)
+    x_AD, rows = _of_all(x, weight, spread, "logits")
     z_NL = spread.to_rows(logits_of(x_AD, weight, bias), rows)
     return z_NL.reshape(*x.shape[:-1], spread.num_outputs)
 
@@ -52,11 +53,15 @@ def _(x: Tensor, weight: Tensor, bias: Any, carrier: Any, shard: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], int(shard.rpartition("/")[2])))
 
 
-def _of_all(x: Tensor, weight: Tensor, spread: LabelShard) -> tuple[Tensor, list[int]]:
-    """The features of all processes, and how many rows each has."""
+def _of_all(x: Tensor, weight: Tensor, spread: LabelShard, asked: Any) -> tuple[Tensor, list[int]]:
+    """The features of all processes, and how many rows each has.
+
+    Args:
+        asked: what is called, and for what.
+    """
     x_ND = x.reshape(-1, x.shape[-1])
     with Agreement(spread.group, x.device) as agreement:
-        agreement.tell(x_ND.shape[0], same=(x.shape[-1], x.dtype, weight.dtype))
+        agreement.tell(x_ND.shape[0], same=(asked, x.shape[-1], x.dtype, weight.dtype))
     rows = agreement.told(0)
     return torch.cat(gather_rows(x_ND, rows, spread.group)), rows
 
@@ -78,7 +83,7 @@ def sharded_linear_backward(
     dw_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     spread = LabelShard.decode(shard)
-    x_AD, rows = _of_all(x, weight, spread)
+    x_AD, rows = _of_all(x, weight, spread, ("gradients", need_dx, need_dw, need_db))
     g_AR = spread.to_outputs(grad.reshape(-1, grad.shape[-1]), rows)
     dx_AD, dw = gradients_of(g_AR, x_AD, weight, need_dx, need_dw, dw_dtype)
     db = g_AR.sum(0, dtype=dx_AD.dtype) if need_db else dx_AD.new_empty(0)
@@ -133,3 +138,48 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 sharded_linear.register_autograd(_backward, setup_context=_setup)
 forbid_second_derivative(sharded_linear_backward)
+
+
+@torch.library.custom_op(
+    "elmo::of_all_outputs", mutates_args=(), schema="(Tensor b, str shard) -> Tensor"
+)
+def of_all_outputs(b: Tensor, shard: str) -> Tensor:
+    """b [L] from each process's part [R]; its gradient is the mean over processes."""
+    spread = LabelShard.decode(shard)
+    sizes = [last - first for first, last in spread.bounds]
+    return torch.cat(gather_rows(b, sizes, spread.group))
+
+
+@of_all_outputs.register_fake
+def _(b: Tensor, shard: str) -> Tensor:
+    return b.new_empty(int(shard.rpartition("/")[2]))
+
+
+@torch.library.custom_op(
+    "elmo::of_own_outputs", mutates_args=(), schema="(Tensor g, Tensor b, str shard) -> Tensor"
+)
+def of_own_outputs(g: Tensor, b: Tensor, shard: str) -> Tensor:
+    """The mean over processes of g [L], of this one's outputs [R] and in the dtype of b [R]."""
+    spread = LabelShard.decode(shard)
+    wide = g.to(torch.float64 if g.dtype == torch.float64 else torch.float32, copy=True)
+    mean = spread.sum_(wide)[spread.first : spread.first + spread.count] / spread.world
+    return mean.to(b.dtype)
+
+
+@of_own_outputs.register_fake
+def _(g: Tensor, b: Tensor, shard: str) -> Tensor:
+    return torch.empty_like(b)
+
+
+def _keep_part(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.shard = inputs[1]
+
+
+def _mean(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (b,) = ctx.saved_tensors
+    return torch.ops.elmo.of_own_outputs(grad, b, ctx.shard), None
+
+
+of_all_outputs.register_autograd(_mean, setup_context=_keep_part)
+forbid_second_derivative(of_own_outputs)

@@ -17,15 +17,15 @@ from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.philox import ROUNDING_VERSION
 from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Update
+from elmo_compile.ops.dtensors import is_head, is_sharded
 from elmo_compile.ops.kept_gradients import Policy
 from elmo_compile.ops.owners import Owner, owner_of, register, unregister
-from elmo_compile.ops.shards import is_head, is_sharded
 from elmo_compile.optim import guards, options, state, whole
 from elmo_compile.optim.checkpoints import Checkpoints
 from elmo_compile.optim.nothing_fused import nothing_fused
 from elmo_compile.optim.on_device import Graphs, count, rate_of, step_of
 from elmo_compile.optim.ordinary import Gradient, apply_updates, check_updates
-from elmo_compile.optim.sharded import check_sharded, local_update
+from elmo_compile.optim.sharded import check_sharded, local_update, stepping
 from elmo_compile.optim.used import Applied, Used
 
 _INNER = {"params", "param_ids", "param_names", "rounding_version"}
@@ -145,7 +145,8 @@ class HeadOptimizer(Checkpoints):
         self._check_groups()
         with torch.no_grad():
             try:
-                self._check_step()
+                with stepping(self._owners):
+                    self._check_step()
                 gradients = whole.Gradients(self._members(), self._owners)
                 heads = [owner for owner in self._owners if owner.pending or owner.kept]
                 if captured:
@@ -220,7 +221,13 @@ class HeadOptimizer(Checkpoints):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim; also forgets what backwards kept for `update_at="step"`."""
-        super().zero_grad(set_to_none)
+        params = [p for group in self.param_groups for p in group["params"]]
+        if set_to_none or not any(is_sharded(p) for p in params):
+            super().zero_grad(set_to_none)
+        else:  # torch would hand DTensors and other gradients to one call
+            for param in params:
+                if param.grad is not None:
+                    param.grad = param.grad.detach().zero_()
         self._applied.forget()
         for owner in self._owners:
             owner.give_up_capture()

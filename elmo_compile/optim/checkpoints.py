@@ -9,6 +9,7 @@ from torch import Tensor
 
 from elmo_compile.ops.owners import Owner
 from elmo_compile.optim import loading, options
+from elmo_compile.optim.sharded import state_like
 from elmo_compile.optim.used import Applied, Used
 
 
@@ -90,5 +91,7 @@ class Checkpoints(torch.optim.Optimizer):
         for index, param in zip(saved, params):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
+                    if name != "step":
+                        value = state_like(value, param)
                     home = torch.device("cpu") if name == "step" else param.device
                     self.state[param][name] = value.detach().to(home, copy=True)

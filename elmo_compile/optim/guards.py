@@ -19,7 +19,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +27,11 @@ from torch.nn.utils import clip_grad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from elmo_compile.errors import FusedUpdateError
+from elmo_compile.ops.dtensors import is_sharded, local_of
 from elmo_compile.ops.fused import ANCHOR_NODE
 from elmo_compile.ops.gather import largest
 from elmo_compile.ops.owners import live_owners, owner_of
+from elmo_compile.optim.sharded import agreed
 
 _MARK = "_elmo_compile_guard"
 
@@ -101,7 +103,12 @@ def _wrap_unscale() -> None:
     def unscale(
         scaler: Any, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
-        found = original(scaler, optimizer, inv_scale, found_inf, allow_fp16)
+        groups = optimizer.param_groups
+        sharded = [p.grad for group in groups for p in group["params"] if is_sharded(p.grad)]
+        given: Any = _local_gradients(optimizer) if sharded else optimizer
+        found = original(scaler, given, inv_scale, found_inf, allow_fp16)
+        for device in {grad.device for grad in sharded}:
+            found[device].fill_(float(agreed(bool(found[device]), sharded)))
         for owner in getattr(optimizer, "_owners", ()):
             group = owner.shared_with()
             if owner.kept or group is not None:
@@ -119,6 +126,24 @@ def _wrap_unscale() -> None:
 
     setattr(unscale, _MARK, original)
     torch.amp.GradScaler._unscale_grads_ = unscale  # type: ignore[method-assign, assignment]
+
+
+class _Local(NamedTuple):
+    """An optimizer's gradients as `GradScaler` reads them."""
+
+    param_groups: list[dict[str, Any]]
+
+
+def _local_gradients(optimizer: Any) -> _Local:
+    """Gradients as plain tensors, of DTensors this process's part: torch takes no mixture."""
+    stands = []
+    for param in [p for group in optimizer.param_groups for p in group["params"]]:
+        if is_sharded(param.grad):
+            grad = local_of(param.grad)
+            param = torch.empty_like(grad)
+            param.grad = grad
+        stands.append(param)
+    return _Local([{"params": stands}])
 
 
 def _wrap(where: Any, name: str, check: Any) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 from elmo_compile.errors import OptionError
 from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.update import Update
+from elmo_compile.ops.dtensors import is_sharded
 from elmo_compile.ops.rows import update_matrices, update_some_rows
-from elmo_compile.ops.shards import is_sharded
 from elmo_compile.optim.sharded import Shard
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Rounding
-from elmo_compile.ops.shards import is_sharded
+from elmo_compile.ops.dtensors import is_sharded
 from elmo_compile.optim.base import HeadOptimizer
 from elmo_compile.optim.sharded import row_sums
 from elmo_compile.optim.state import number_of_rows

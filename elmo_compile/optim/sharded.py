@@ -6,19 +6,22 @@ Private names of torch: `torch.distributed.tensor._utils.compute_local_shape_and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from elmo_compile.errors import OptionError
+from elmo_compile.errors import FusedUpdateError, OptionError
 from elmo_compile.numerics.formats import is_narrow
 from elmo_compile.numerics.update import Update
-from elmo_compile.ops.shards import is_sharded, local_of
+from elmo_compile.ops.dtensors import is_head, is_sharded, local_of, placed_as
+from elmo_compile.ops.owners import Owner
+from elmo_compile.ops.shards import Agreement
 from elmo_compile.optim.state import state_dtype
 
 
@@ -62,6 +65,38 @@ def check_sharded(group: dict[str, Any], params: Iterable[Any], *, row_wise: boo
 def _rounds(weight: torch.dtype, group: dict[str, Any]) -> bool:
     """Whether the weight or its state is rounded."""
     return is_narrow(weight) or is_narrow(state_dtype(weight, group.get("state_dtype")))
+
+
+def state_like(value: Tensor, param: Any) -> Tensor:
+    """A saved state tensor with a parameter's placements: of a whole one this process's rows, and
+    for a whole parameter all rows of a sharded one. Collective where it was placed otherwise."""
+    if not is_sharded(param):
+        whole: Tensor = value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
+        return whole
+    if is_sharded(value):
+        placed: Tensor = placed_as(value, param)
+        return placed
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def stepping(owners: Iterable[Owner]) -> Iterator[None]:
+    """Around the checks of a step: the processes of a sharded head all make it, or all raise."""
+    sharded = [owner for owner in owners if is_head(owner.param)]
+    if not sharded or not dist.is_initialized():
+        yield
+        return
+    first: Any = sharded[0].param
+    agreement = Agreement(
+        first.device_mesh.get_group(), first.device, "opt.step() of a sharded head",
+        "what backward() and other uses of the head's weight left", FusedUpdateError,
+    )  # fmt: skip
+    with agreement:
+        yield
+        left = [(o.pending, len(o.kept), o.param.grad is None) for o in sharded]
+        agreement.tell(same=left)
 
 
 def row_sums(param: Any) -> Tensor:
@@ -108,8 +143,7 @@ class Shard:
     """This process's part of an update: what `_Matrix` takes, and what comes home after it."""
 
     def __init__(self, param: Any, grad: Any, update: Update) -> None:
-        if is_sharded(grad) and grad.placements != param.placements:
-            grad = grad.redistribute(param.device_mesh, param.placements)
+        grad = placed_as(grad, param)
         self._whole, self._copies = param, list[tuple[Tensor, Tensor]]()
         self.param, self.grad = _local(param), _local(grad)
         self.update = local_update(param, update)

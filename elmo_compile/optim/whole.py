@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from elmo_compile.errors import InputError
+from elmo_compile.ops.dtensors import is_sharded
 from elmo_compile.ops.owners import Owner
-from elmo_compile.ops.shards import is_sharded
 from elmo_compile.optim.sharded import agreed, values_of
 
 Member = tuple[dict[str, Any], Tensor, int]

@@ -100,10 +100,15 @@ class _Total:
     def __init__(self, result: Result, num_outputs: int) -> None:
         self.result, self._L = result, num_outputs
         self._parts: list[Tensor] = []
+        self._last = -1
+        self._ascending = True
+        """Whether chunks came in the order of their outputs, as they do where a head is whole."""
 
     def add(self, parts: list[Tensor], start: int) -> None:
         """Combine with a chunk's parts."""
         combine = self.result.combine
+        self._ascending &= start > self._last
+        self._last = start
         if combine == "slice":
             self._write(parts[0], start)
             return
@@ -113,6 +118,9 @@ class _Total:
             parts = [part.double() for part in parts]
         if not self._parts:
             self._parts = [part.clone() for part in parts]
+            return
+        if not self._ascending and combine in _BY_NUMBER:
+            self._parts = _by_number(self.result, self._parts, parts)
             return
         self._parts = _COMBINE[combine](self.result, self._parts, parts)
 
@@ -185,6 +193,24 @@ def _topk(result: Result, a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
     order = order.narrow(result.dim, 0, min(result.k, values.shape[result.dim]))
     return [values.gather(result.dim, order), numbers.gather(result.dim, order)]
 
+
+def _by_number(result: Result, a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    """`argmax`, `argmin` and `topk` of chunks in any order: of equal values the first output's."""
+    largest = result.largest if result.combine == "topk" else result.combine == "argmax"
+    if result.combine == "topk":
+        values, numbers = (torch.cat(pair, result.dim) for pair in zip(a, b))
+        order = numbers.argsort(dim=result.dim)
+        kept = [values.gather(result.dim, order), numbers.gather(result.dim, order)]
+        nothing = [part.narrow(result.dim, 0, 0) for part in kept]
+        return _topk(result, kept, nothing)
+    better = (b[0] > a[0]) if largest else (b[0] < a[0])
+    better |= b[0].isnan() & ~a[0].isnan()
+    same = (b[0] == a[0]) | (b[0].isnan() & a[0].isnan())
+    better |= same & (b[1] < a[1])
+    return [torch.where(better, new, old) for old, new in zip(a, b)]
+
+
+_BY_NUMBER = frozenset({"argmax", "argmin", "topk"})
 
 _COMBINE: dict[str, Callable[[Result, list[Tensor], list[Tensor]], list[Tensor]]] = {
     "sum": _sum, "max": _max, "min": _min, "any": _any, "all": _all, "logsumexp": _logsumexp,

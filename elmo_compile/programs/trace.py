@@ -162,7 +162,10 @@ def bias_of(product: fx.Node) -> fx.Node | None:
     args: Any = product.args
     if product.target is aten.addmm.default:
         return args[0]  # type: ignore[no-any-return]
-    has = product.target in (aten.linear.default, torch.ops.elmo.lowp_linear.default)
+    elmo = torch.ops.elmo
+    has = product.target in (
+        aten.linear.default, elmo.lowp_linear.default, elmo.sharded_linear.default
+    )  # fmt: skip
     return args[2] if has and len(args) > 2 else None
 
 

@@ -68,10 +68,11 @@ def _match(aten_region: AtenRegion) -> ProgramMatch:
             "use nn.Linear, F.linear or x @ w.t()",
         )  # fmt: skip
     found = list(products.values())
-    lowp = [node.target is torch.ops.elmo.lowp_linear.default for node in products]
-    if any(lowp) and len(lowp) > 1:
+    special = [node.target in linear.HEAD_OPS for node in products]
+    if any(special) and len(special) > 1:
         raise NoMatch(
-            Code.UNKNOWN_LOSS, region.seed, "one of two heads of a loss is stored in bf16 or fp8",
+            Code.UNKNOWN_LOSS, region.seed,
+            "one of two heads of a loss is stored in bf16 or fp8, or spread over processes",
             "store both in float32 or bfloat16 as ordinary linear layers",
         )  # fmt: skip
     weights = [logits.weight for logits in found]
@@ -140,7 +141,7 @@ def _products(aten_region: AtenRegion) -> dict[fx.Node, Logits]:
 def _multiplies(node: fx.Node) -> bool:
     return node.target in (
         aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default,
-        aten.einsum.default, torch.ops.elmo.lowp_linear.default,
+        aten.einsum.default, *linear.HEAD_OPS,
     )  # fmt: skip
 
 

@@ -34,10 +34,16 @@ def replace_program(
     program = match.program
     places = list(match.aten.module.graph.find_nodes(op="placeholder"))
     tensors = [emit.node(places[i]) for i in program.tensors]
+    if head.shard and match.bias is not None:
+        # The program adds it to the logits of all outputs.
+        bias = emit.node(match.bias)
+        whole = emit.call(torch.ops.elmo.of_all_outputs.default, bias, head.shard)
+        tensors = [whole if tensor is bias else tensor for tensor in tensors]
     sizes = [emit.node(places[i]) for i in program.sizes]
     xs = [emit.node(x) for x in match.xs]
     plan = head.fused_plan if fused else head.plan
     config: tuple[Any, ...] = (sizes, program.key, plan.chunk_size, head.compute_dtype)
+    config += (head.shard,)
     if fused:
         assert head.weight_input is not None
         kinds = ("anchor", "handle", "sink")

@@ -119,6 +119,30 @@ def _rows_apart(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z.float(), y)
 
 
+def _hinge(z: Tensor, y: Tensor) -> Tensor:
+    return F.multi_margin_loss(z, y)
+
+
+def _tempered(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z / 0.7, y, label_smoothing=0.1)
+
+
+def _focal(z: Tensor, y: Tensor) -> Tensor:
+    p = torch.sigmoid(z)
+    return ((1 - y) * p.square() * F.softplus(z) + y * (1 - p).square() * F.softplus(-z)).mean()
+
+
+def _best(z: Tensor, y: Tensor) -> Tensor:
+    """The largest logits that are not the class's, ties and all."""
+    others = z.scatter(1, y[:, None], -1e4)
+    return (others.topk(3, 1).values.sum(1) - z.gather(1, y[:, None])[:, 0]).relu().mean()
+
+
+def _weighted(z: Tensor, y: Tensor) -> Tensor:
+    weights = torch.linspace(0.5, 2.0, LABELS, dtype=z.dtype)
+    return F.cross_entropy(z, y, weights, reduction="sum") / 8
+
+
 LOSSES: dict[str, tuple[Callable[..., Tensor], str]] = {
     "cross_entropy": (F.cross_entropy, "class"),
     "ignoring": (_ignoring, "class"),
@@ -128,6 +152,11 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], str]] = {
     "counted": (_counted, "labels"),
     "scattered": (_scattered, "labels"),
     "dense": (_bce, "dense"),
+    "hinge": (_hinge, "class"),
+    "tempered": (_tempered, "class"),
+    "focal": (_focal, "dense"),
+    "best": (_best, "class"),
+    "weighted": (_weighted, "class"),
 }
 
 
@@ -214,6 +243,34 @@ def training(run: Run) -> None:
                 same(*models, rtol=1e-4 if tight else 0.0, atol=2e-6 if tight else 0.07)
 
 
+def programs(run: Run) -> None:
+    """The same of losses without kernels of their own."""
+    for name in ("hinge", "tempered"):
+        for dtype in (None, FP8):
+            for hyper in (
+                {"momentum": 0.9},
+                {"update_at": "step", "max_norm": 0.05},
+                {"fused": False},
+            ):
+                models = []
+                for _ in range(2):
+                    torch.manual_seed(4)
+                    models.append(Outputs(LOSSES[name][0]))
+                    if dtype is not None:
+                        elmo.convert_head(models[-1], dtype)
+                run.shard(models[0])
+                opts = [
+                    elmo.optim.SGD(m.parameters(), 0.5, rounding="nearest", **hyper) for m in models
+                ]
+                batches = [batch(seed, ROWS) for seed in range(3)]
+                found = train(run, models[0], opts[0], batches)
+                wanted = train(None, models[1], opts[1], batches)
+                assert elmo.is_fused(models[0].head.weight) is ("fused" not in hyper)
+                assert found == pytest.approx(wanted, rel=2e-3)
+                tight = dtype is None
+                same(*models, rtol=1e-4 if tight else 0.0, atol=2e-6 if tight else 0.07)
+
+
 def accumulated(run: Run) -> None:
     """Micro-batches, stashed, then one step; and a GradScaler whose step is skipped."""
     model, twin = net("ce"), net("ce")
@@ -266,8 +323,8 @@ def left_alone(run: Run) -> None:
     """A head with a loss of no kernels of its own, or whose weight the graph reads, works as it is
     and says why."""
 
-    def hinge(z: Tensor, y: Tensor) -> Tensor:
-        return F.multi_margin_loss(z, y)
+    def ranked(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z.sort(1).values, y)
 
     class Penalized(Net):
         def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -276,7 +333,7 @@ def left_alone(run: Run) -> None:
             return super().forward(inputs, labels) + 0.1 * whole
 
     rows = batch(0, ROWS)
-    for make, reason in ((lambda: Outputs(hinge), "sharded head"), (Penalized, "reads the weight")):
+    for make, reason in ((lambda: Outputs(ranked), "sort"), (Penalized, "reads the weight")):
         torch.manual_seed(0)
         model: Any = make()
         twin = copy.deepcopy(model)
@@ -291,4 +348,4 @@ def left_alone(run: Run) -> None:
         torch.testing.assert_close(grad, twin.head.weight.grad, rtol=1e-5, atol=1e-6)
 
 
-CASES = (bits, losses, training, accumulated, unread, left_alone)
+CASES = (bits, losses, training, programs, accumulated, unread, left_alone)

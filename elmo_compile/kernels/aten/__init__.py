@@ -263,6 +263,8 @@ def update_from_chunks(
     """
     run: ChunkUpdate | None = None
     for start, stop, dw in chunks:
+        if start == stop:  # of a head spread over processes, some of which have fewer outputs
+            continue
         if run is None:
             layout = choose_layout(w_LD, dw.dtype, update)
             run = ChunkUpdate(w_LD, update, layout, max(1, stop - start), fast=False)

@@ -63,8 +63,11 @@ class ProductGradients:
         self.norm2, self.finite = norm2, finite
 
 
-class _Products:
+class Products:
     """The operands of a program's products, and their logits chunk by chunk."""
+
+    scale = 1.0
+    """Of weight gradients."""
 
     def __init__(
         self,
@@ -102,19 +105,55 @@ class _Products:
         found = self.loaded.get(i)
         return self.operands[i].weight.load(start, stop) if found is None else found
 
-    def gradient(self, i: int, g: Tensor) -> Tensor:
-        """A gradient of logits as an operand [C, N]."""
-        head = self.operands[i]
-        g_NC = g.reshape(head.num_rows, g.shape[-1]).to(head.operand)
-        return g_NC.t()
+    def ready(
+        self, start: int, stop: int, gradients: dict[int, Tensor]
+    ) -> Iterator[tuple[int, int, dict[int, Tensor]]]:
+        """(start, stop, gradients of logits as operands [C, N]) of what may be multiplied with
+        features and weights now, given the gradients of a chunk [.., C]."""
+        yield start, stop, {i: self.operand(i, g).t() for i, g in gradients.items()}
+
+    def operand(self, i: int, g: Tensor) -> Tensor:
+        """A gradient of logits as an operand [N, C]."""
+        return g.reshape(-1, g.shape[-1]).to(self.operands[i].operand)
+
+    def features(self, i: int, dx: FeatureGradient) -> Tensor:
+        """A product's dx in the shape of its features."""
+        return dx.result(self._ones(i)).view(*self.shapes[i], -1)
+
+    def _ones(self, i: int) -> Tensor:
+        x_ND = self.operands[i].x_ND
+        return torch.ones(x_ND.shape[0], device=x_ND.device)
+
+
+def products_held(
+    program: Program,
+    products: Sequence[Product],
+    chunk: int,
+    updates: dict[int, Update] | None,
+    spread: Any,
+) -> Products:
+    """The operands of a call, here or spread over processes (`ops.shards.Exchange`)."""
+    if spread is None:
+        return Products(program, products, chunk, updates)
+    from elmo_compile.kernels.aten.spread_programs import SpreadProducts
+
+    return SpreadProducts(program, products, chunk, updates, spread)
 
 
 def forward(
-    program: Program, products: Sequence[Product], inputs: Sequence[Any], chunk: int
+    program: Program,
+    products: Sequence[Product],
+    inputs: Sequence[Any],
+    chunk: int,
+    spread: Any = None,
 ) -> list[Any]:
-    """The program's results and saved values."""
+    """The program's results and saved values.
+
+    Args:
+        spread: the outputs of the only product are spread over processes.
+    """
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        held = _Products(program, products, chunk)
+        held = products_held(program, products, chunk, None, spread)
         compiler = functools.partial(graph_piece, use_compiled=held.fast)
         return run(program.forward, inputs, held.chunks, program.num_outputs, compiler)
 
@@ -130,6 +169,7 @@ def backward(
     updates: dict[int, Update] | None = None,
     need_norm: bool = False,
     need_finite: bool = False,
+    spread: Any = None,
 ) -> ProductGradients:
     """Gradients of features, weights and inputs.
 
@@ -138,26 +178,28 @@ def backward(
         updates: products whose weight is updated in place instead of getting a gradient.
         need_norm: of the only product's dw: the sum of its squares.
         need_finite: whether the logits' gradient is.
+        spread: as in `forward`; norm and finiteness are those of this process's outputs.
     """
     assert program.backward is not None
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        held = _Products(program, products, chunk, updates)
+        held = products_held(program, products, chunk, updates, spread)
         dx = [FeatureGradient(o) if need else None for o, need in zip(held.operands, need_dx)]
         dw = [
             WeightGradient(o) if need and i not in (updates or {}) else None
             for i, (o, need) in enumerate(zip(held.operands, need_dw))
         ]
 
-        norm = GradientNorm(held.operands[0].x_ND, 1.0) if need_norm else None
+        norm = GradientNorm(held.operands[0].x_ND, held.scale) if need_norm else None
         sums: list[Tensor] = []
 
         def sink(start: int, stop: int, gradients: dict[int, Tensor]) -> None:
-            for i, g in gradients.items():
-                head, g_CN, w_CD = (
-                    held.operands[i],
-                    held.gradient(i, g),
-                    held.weight(i, start, stop),
-                )
+            for own_start, own_stop, operands in held.ready(start, stop, gradients):
+                if own_start < own_stop:
+                    multiply(own_start, own_stop, operands)
+
+        def multiply(start: int, stop: int, operands: dict[int, Tensor]) -> None:
+            for i, g_CN in operands.items():
+                head, w_CD = held.operands[i], held.weight(i, start, stop)
                 if need_finite:
                     sums.append(
                         g_CN.sum(
@@ -171,14 +213,14 @@ def backward(
                     norm.add(g_CN)
                 to = dw[i]
                 if to is not None:
-                    to.put(start, stop, g_CN, head.x_ND, 1.0)
+                    to.put(start, stop, g_CN, head.x_ND, held.scale)
                 elif i in (updates or {}):
-                    head.weight.step(start, stop, g_CN, head.x_ND, 1.0)
+                    head.weight.step(start, stop, g_CN, head.x_ND, held.scale)
 
         compiler = functools.partial(graph_piece, use_compiled=held.fast)
         grads = run(program.backward, inputs, held.chunks, program.num_outputs, compiler, sink)
         return ProductGradients(
-            [None if d is None else _restored(d, p) for d, p in zip(dx, products)],
+            [None if d is None else held.features(i, d) for i, d in enumerate(dx)],
             [None if d is None else d.dw_LD for d in dw],
             grads[len(products) :],
             None if norm is None else norm.result(),
@@ -187,27 +229,26 @@ def backward(
 
 
 def program_chunks(
-    program: Program, product: Product, inputs: Sequence[Any], chunk: int
+    program: Program, product: Product, inputs: Sequence[Any], chunk: int, spread: Any = None
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(start, stop, dw in float32) of each chunk of the only product's outputs.
+
+    Spread over processes, of this one's outputs: as many chunks in each, so that of them that have
+    fewer outputs the last are empty.
 
     To be consumed under `torch.no_grad()`, by whoever may overwrite a chunk's weight after it.
     """
     assert program.backward is not None
-    held = _Products(program, [product], chunk)
+    held = products_held(program, [product], chunk, None, spread)
     compiler = functools.partial(graph_piece, use_compiled=held.fast)
     head = held.operands[0]
     for start, stop, gradients in iterate(
         program.backward, inputs, held.chunks, program.num_outputs, compiler, {}
     ):
-        dw = wide_product(held.gradient(0, gradients[0]), head.x_ND)
-        yield start, stop, head.weight.restore(dw)
+        for own_start, own_stop, operands in held.ready(start, stop, gradients):
+            dw = head.weight.restore(wide_product(operands[0], head.x_ND))
+            yield own_start, own_stop, dw if held.scale == 1.0 else dw * held.scale
 
 
 def _are_finite(sums: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.isfinite(torch.stack([torch.zeros((), device=device), *sums])).all()
-
-
-def _restored(dx: FeatureGradient, product: Product) -> Tensor:
-    ones = torch.ones(product.x[..., 0].numel(), device=product.x.device)
-    return dx.result(ones).view(product.x.shape)
