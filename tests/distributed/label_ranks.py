@@ -15,12 +15,13 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import label_faults
 import label_heads
 import label_training
 from label_run import Run
 
 CASES: dict[str, Callable[[Run], None]] = {
-    case.__name__: case for case in (*label_training.CASES, *label_heads.CASES)
+    case.__name__: case for case in (*label_training.CASES, *label_heads.CASES, *label_faults.CASES)
 }
 
 

@@ -29,9 +29,10 @@ def test_the_bits_are_those_of_one_process(world: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "cases",
     [
-        "training+accumulated+wrapped",
-        "other_backends+top+memory",
+        "training+programs+accumulated+wrapped",
+        "other_backends+top+memory+collected+fully_sharded",
         "saved+placed+refused+unread+left_alone",
+        "whole_state+changed+unlike+loops+assigned+kept",
     ],
 )
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
