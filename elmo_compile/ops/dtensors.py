@@ -66,6 +66,7 @@ def sum_over_shards(t: Tensor, param: Tensor) -> Tensor:
 
 
 def process_group_of(param: Any) -> Any:
+    """The processes that have parts of a DTensor on a mesh of one dimension."""
     return param.device_mesh.get_group()
 
 

@@ -189,7 +189,7 @@ def losses(run: Run) -> None:
             step = compiled(model)
             for rows in (ROWS, 17):
                 shares = [len(part) for part in torch.arange(rows).chunk(run.world)]
-                if name == "multi_hot":
+                if name in ("multi_hot", "focal", "tempered"):
                     shares = uneven(run, rows)
                 inputs, _ = batch(rows, rows)
                 labels = labels_of(kind, rows, rows)

@@ -118,7 +118,10 @@ class Products:
 
     def features(self, i: int, dx: FeatureGradient) -> Tensor:
         """A product's dx in the shape of its features."""
-        return dx.result(self._ones(i)).view(*self.shapes[i], -1)
+        return self._shaped(i, dx.result(self._ones(i)))
+
+    def _shaped(self, i: int, dx_ND: Tensor) -> Tensor:
+        return dx_ND.view(*self.shapes[i], dx_ND.shape[1])
 
     def _ones(self, i: int) -> Tensor:
         x_ND = self.operands[i].x_ND

@@ -98,4 +98,4 @@ class SpreadProducts(Products):
     def features(self, i: int, dx: FeatureGradient) -> Tensor:
         """dx of this process's rows, summed over the processes' outputs."""
         total: Tensor = self._spread.own_sum(dx.result(self._ones(i)))
-        return total.view(*self.shapes[i], -1)
+        return self._shaped(i, total)
