@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -346,9 +347,14 @@ def squared_norm(kept: Sequence[Kept], w_LD: Tensor) -> Tensor:
 def summed_chunks(kept: Sequence[Kept], w_LD: Tensor) -> Iterator[Chunk]:
     """(start, stop, dw in float32), summed over several backwards, advanced side by side."""
     chunk = common_chunk(kept, w_LD)
-    for parts in zip(*(one.chunks(w_LD, chunk) for one in kept), strict=True):
-        start, stop, dw = parts[0]
-        for _, _, more in parts[1:]:
+    for parts in itertools.zip_longest(*(one.chunks(w_LD, chunk) for one in kept)):
+        # Where another process has more outputs, a program goes on for it, with empty chunks.
+        own = [part for part in parts if part is not None and part[0] < part[1]]
+        if not own:
+            continue
+        start, stop, dw = own[0]
+        assert len({part[:2] for part in own}) == 1
+        for _, _, more in own[1:]:
             dw = dw + more
         yield start, stop, dw
 
@@ -360,7 +366,12 @@ def common_chunk(kept: Sequence[Kept], w_LD: Tensor) -> int:
     for one in kept:
         if not isinstance(one, KeptDense):
             sizes.append(one.problem.chunk if isinstance(one, KeptHead) else one.chunk)
-    return max(1, min(sizes))
+    chunk = max(1, min(sizes))
+    for one in kept:
+        if isinstance(one, KeptProgram) and one.shard:  # whose chunks all processes make together
+            with exchange_of(one.shard, one.x, "chunk") as spread:
+                return int(spread.agree(chunk))
+    return chunk
 
 
 def for_kept(kept: Sequence[Kept], update: Update) -> Update:

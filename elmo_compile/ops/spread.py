@@ -237,16 +237,17 @@ class Exchange:
             self._told = True
             exchange(FAILED, self._device, self.shard.group)
 
-    def agree(self) -> None:
-        """All go on, or all raise InputError."""
+    def agree(self, number: int = 0) -> int:
+        """All go on, or all raise InputError; the smallest number of all."""
         agreement = Agreement(self.shard.group, self._device)
-        agreement.tell(self._own, same=self._same)
+        agreement.tell(self._own, number, same=self._same)
         try:
             agreement.close()
         except InputError:
             self._told = True
             raise
         self._rows = agreement.told(0)
+        return min(agreement.told(1))
 
     def of_all(self, x_ND: Tensor) -> Tensor:
         """[A, D]."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -20,7 +20,7 @@ from label_run import BF16, FP8, ROWS, Run, same, train
 from torch.distributed.tensor import DTensor
 from training import (
     EAGER,
-    LABELS,
+    FEATURES,
     Net,
     Saturated,
     batch,
@@ -78,12 +78,16 @@ def bits(run: Run) -> None:
 
 # Losses and gradients
 
+OUTPUTS = 50
+"""That two or four processes cannot share evenly."""
+
 
 class Outputs(Net):
     """A Net with any loss of its logits."""
 
     def __init__(self, loss: Callable[..., Tensor], *, bias: bool = True) -> None:
         super().__init__(bias=bias)
+        self.head = nn.Linear(FEATURES, OUTPUTS, bias=bias)
         self.loss = loss
 
     def forward(self, inputs: Tensor, *labels: Tensor) -> Tensor:
@@ -104,11 +108,11 @@ def _each(z: Tensor, y: Tensor) -> Tensor:
 
 
 def _once(z: Tensor, y: Tensor) -> Tensor:
-    return _bce(z, elmo.multi_hot(y, LABELS))
+    return _bce(z, elmo.multi_hot(y, OUTPUTS))
 
 
 def _counted(z: Tensor, y: Tensor) -> Tensor:
-    return _bce(z, F.one_hot(y, LABELS).sum(1).float(), reduction="sum")
+    return _bce(z, F.one_hot(y, OUTPUTS).sum(1).float(), reduction="sum")
 
 
 def _scattered(z: Tensor, y: Tensor) -> Tensor:
@@ -139,7 +143,7 @@ def _best(z: Tensor, y: Tensor) -> Tensor:
 
 
 def _weighted(z: Tensor, y: Tensor) -> Tensor:
-    weights = torch.linspace(0.5, 2.0, LABELS, dtype=z.dtype)
+    weights = torch.linspace(0.5, 2.0, OUTPUTS, dtype=z.dtype)
     return F.cross_entropy(z, y, weights, reduction="sum") / 8
 
 
@@ -163,10 +167,10 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], str]] = {
 def labels_of(kind: str, rows: int, seed: int) -> Tensor:
     make = torch.Generator().manual_seed(seed)
     if kind == "class":
-        return torch.randint(0, LABELS, (rows,), generator=make)
+        return torch.randint(0, OUTPUTS, (rows,), generator=make)
     if kind == "labels":
-        return torch.randint(0, LABELS, (rows, 4), generator=make)
-    return torch.rand(rows, LABELS, generator=make)
+        return torch.randint(0, OUTPUTS, (rows, 4), generator=make)
+    return torch.rand(rows, OUTPUTS, generator=make)
 
 
 def uneven(run: Run, rows: int) -> list[int]:

@@ -38,7 +38,7 @@ class SpreadProducts(Products):
         spread: Any,
     ) -> None:
         (product,) = products
-        spread.agree()
+        chunk = spread.agree(chunk)  # planned for each process's outputs
         x_ND = product.x.reshape(-1, product.x.shape[-1])
         of_all = dataclasses.replace(product, x=spread.of_all(x_ND))
         super().__init__(program, [of_all], chunk, updates)
