@@ -276,28 +276,36 @@ def programs(run: Run) -> None:
 
 
 def accumulated(run: Run) -> None:
-    """Micro-batches, stashed, then one step; and a GradScaler whose step is skipped."""
-    model, twin = net("ce"), net("ce")
-    run.shard(model)
-    hyper: dict[str, Any] = {"update_at": "step", "accumulate": "stash", "nonfinite": "skip"}
-    opts = [elmo.optim.SGD(m.parameters(), 0.5, **hyper) for m in (model, twin)]
-    steps = [compiled(model), None]
-    steps[1] = torch.compile(twin, backend="elmo", options=EAGER)
-    for rows in (batch(0, ROWS), batch(1, ROWS)):
-        (steps[0](*run.own(rows)) / 2).backward()
-        (steps[1](*rows) / 2).backward()
-    run.mean_gradients(model)
-    for opt in opts:
-        opt.step()
-    same(model, twin, rtol=1e-5, atol=1e-6)
-    before = whole_of(model.head.weight).clone()
-    opts[0].zero_grad()
-    scale = float("inf") if run.rank == run.world - 1 else 1.0
-    (steps[0](*run.own(batch(2, ROWS))) * scale).backward()
-    run.mean_gradients(model)
-    opts[0].step()
-    assert opts[0].skipped_steps == 1
-    assert torch.equal(whole_of(model.head.weight), before)
+    """Micro-batches, stashed, and a penalty, then one step; and a step that is skipped."""
+    for loss in (F.cross_entropy, _hinge):
+        models = []
+        for _ in range(2):
+            torch.manual_seed(4)
+            models.append(Outputs(loss))
+        model, twin = models
+        run.shard(model)
+        hyper: dict[str, Any] = {"update_at": "step", "accumulate": "stash", "nonfinite": "skip"}
+        hyper["max_norm"] = 0.05
+        opts = [elmo.optim.SGD(m.parameters(), 0.5, **hyper) for m in models]
+        step = compiled(model)
+        other = torch.compile(twin, backend="elmo", options=EAGER)
+        for rows in (batch(0, ROWS), batch(1, ROWS)):
+            (step(*run.own(rows)) / 2).backward()
+            (other(*rows) / 2).backward()
+        run.mean_gradients(model)
+        (model.head.weight.square().sum() * 0.01).full_tensor().backward()
+        (twin.head.weight.square().sum() * 0.01).backward()
+        for opt in opts:
+            opt.step()
+        same(model, twin, rtol=1e-5, atol=1e-6)
+        before = whole_of(model.head.weight).clone()
+        opts[0].zero_grad()
+        scale = float("inf") if run.rank == run.world - 1 else 1.0
+        (step(*run.own(batch(2, ROWS))) * scale).backward()
+        run.mean_gradients(model)
+        opts[0].step()
+        assert opts[0].skipped_steps == 1
+        assert torch.equal(whole_of(model.head.weight), before)
 
 
 def unread(run: Run) -> None:
