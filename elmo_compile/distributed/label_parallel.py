@@ -191,7 +191,8 @@ def _receive(own: Tensor, whole: Tensor, shard: LabelShard) -> None:
         block = whole[start : start + step]
         block = block.contiguous() if sends else torch.empty_like(block).contiguous()
         raw = block.view(-1).view(torch.uint8)
-        dist.broadcast(raw, src=sender, group=shard.group)
+        if shard.world > 1:
+            dist.broadcast(raw, src=sender, group=shard.group)
         first = max(start, shard.first)
         last = min(start + len(block), shard.first + shard.count)
         if first < last:

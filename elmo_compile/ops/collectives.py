@@ -1,4 +1,7 @@
-"""Tensors of different lengths, sent between processes. Sent as bytes, so that any dtype may."""
+"""Tensors of different lengths, sent between processes. Sent as bytes, so that any dtype may.
+
+A process that is alone in its group sends nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from torch import Tensor
 
 def exchange(numbers: Sequence[int], device: torch.device, group: Any) -> list[list[int]]:
     """The numbers of every process: as many in each. Waits for a GPU."""
+    if dist.get_world_size(group) == 1:
+        return [list(numbers)]
     mine = torch.tensor(list(numbers), dtype=torch.int64, device=device)
     received = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(received, mine, group=group)
@@ -60,3 +65,10 @@ def swap(parts: Sequence[Tensor], shapes: Sequence[tuple[int, int]], group: Any)
         data.view(first.dtype).view(shape)
         for data, shape in zip(torch.split(received, sizes), shapes)
     ]
+
+
+def sum_over(t: Tensor, group: Any) -> Tensor:
+    """t <- its sum over the processes."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(t, group=group)
+    return t

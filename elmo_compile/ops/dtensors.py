@@ -6,9 +6,9 @@ import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from elmo_compile.ops.collectives import sum_over
 from elmo_compile.ops.hidden_gradients import watch
 
 _HEAD = "_elmo_sharded_head"
@@ -60,9 +60,7 @@ def sum_over_shards(t: Tensor, param: Tensor) -> Tensor:
     """The sum over the processes that have parts of a parameter; `t` itself for a whole one."""
     if not is_sharded(param):
         return t
-    total = t.clone()
-    dist.all_reduce(total, group=process_group_of(param))
-    return total
+    return sum_over(t.clone(), process_group_of(param))
 
 
 def process_group_of(param: Any) -> Any:

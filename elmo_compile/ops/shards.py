@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elmo_compile.errors import ElmoError, InputError
-from elmo_compile.ops.collectives import exchange, swap
+from elmo_compile.ops.collectives import exchange, sum_over, swap
 from elmo_compile.ops.dtensors import process_group_of
 
 _groups: dict[str, Any] = {}
@@ -106,8 +106,7 @@ class LabelShard:
 
     def sum_(self, t: Tensor) -> Tensor:
         """t <- its sum over the processes."""
-        dist.all_reduce(t, group=self.group)
-        return t
+        return sum_over(t, self.group)
 
 
 FAILED = (1, 0, 0, 0)

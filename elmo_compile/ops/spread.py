@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from elmo_compile.errors import InputError
@@ -136,9 +135,9 @@ class Sharded:
         rows_A, stats_2N = made.rows_N.double(), made.stats_2N
         if stats_2N.dim() == 2:
             own_A = stats_2N.double().sum(0)
-            received = [torch.empty_like(own_A) for _ in self._rows]
-            dist.all_gather(received, own_A, group=self.shard.group)
-            lse_A = torch.stack(received).logsumexp(0)
+            world, group = self.shard.world, self.shard.group
+            of_each = gather_rows(own_A, [len(own_A)] * world, group)
+            lse_A = torch.stack(of_each).logsumexp(0)
             # A row's loss is known where its label is; elsewhere the kernels' is none.
             here_A = (self._target >= 0) & (self._target < self.shard.count)
             rows_A = torch.where(here_A, rows_A + (lse_A - own_A), 0.0)
