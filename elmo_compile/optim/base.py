@@ -392,6 +392,8 @@ class HeadOptimizer(Checkpoints):
         count([(self.state[owner.param], group, owner.param)], guard)
 
     def _warn_if_nothing_fused(self) -> None:
+        if all(isinstance(g["lr"], float | int) and g["lr"] == 0 for g in self.param_groups):
+            return  # torch.distributed.checkpoint steps so to have state made, before it loads one
         first, self._stepped = not self._stepped, True
         if first and self._owners and not self.fused_parameters() and not self._warned:
             self._warned = True
