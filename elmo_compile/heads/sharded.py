@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ class ShardedLinear(nn.Linear):
         return new
 
     def _note(self) -> None:
-        note_head(self.weight)
+        note_head(self.weight, converted=self.storage_dtype is not None)
         note_group(self.weight)
         torch.compiler.allow_in_graph(sharded_head)  # type: ignore[no-untyped-call]
         self._shard = LabelShard.of(self.weight).encode()
@@ -112,6 +113,21 @@ class ShardedLinear(nn.Linear):
             local.to(param.device, param.dtype), param.device_mesh, param.placements,
             run_check=False, shape=param.shape, stride=param.stride(),
         )  # fmt: skip
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedLinear:
+        """Without gradients, as nn.Parameter's: torch copies those of DTensors, but not that they
+        may have another dtype."""
+        grads = [(param, param.grad) for param in self.parameters(recurse=False)]
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        try:
+            for param, _ in grads:
+                param.grad = None
+            new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        finally:
+            for param, grad in grads:
+                param.grad = grad
+        return new
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

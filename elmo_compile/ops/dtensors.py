@@ -46,14 +46,19 @@ def local_part(t: Any) -> Tensor:
     return found
 
 
-def note_head(param: Tensor) -> None:
-    """Remember that a DTensor [L, D] is the weight of a head that calls the ops of this package."""
-    setattr(param, _HEAD, True)  # no weak reference: torch moves such parameters by swapping them
+def note_head(param: Tensor, *, converted: bool) -> None:
+    """Remember that a DTensor [L, D] is the weight of a head that calls the ops of this package.
+
+    Args:
+        converted: its gradient is float32 whatever its dtype is.
+    """
+    # No weak reference: torch moves such parameters by swapping them.
+    setattr(param, _HEAD, "converted" if converted else "plain")
 
 
 def is_head(param: Tensor) -> bool:
     """Whether `note_head` was told of this very Parameter."""
-    return bool(getattr(param, _HEAD, False))
+    return hasattr(param, _HEAD)
 
 
 def sum_over_shards(t: Tensor, param: Tensor) -> Tensor:
@@ -97,7 +102,7 @@ class _Carrier(torch.autograd.Function):
 
 def carry_shard(weight: Tensor) -> Tensor:
     """The carrier [R, D] of a sharded weight: float32 where the head was converted."""
-    converted = weight.dtype.itemsize == 1 or weight.grad_dtype is None
+    converted = getattr(weight, _HEAD, "plain") == "converted"
     if converted:
         if weight.is_leaf and weight.requires_grad and weight.grad_dtype is not None:
             weight.grad_dtype = None

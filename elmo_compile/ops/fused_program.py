@@ -52,7 +52,7 @@ def fused_head_program(
     from elmo_compile.kernels.aten.programs import forward
 
     found = find_program(program)
-    with exchange_of(shard, x, found.name) as spread:
+    with exchange_of(shard, x, found.outline) as spread:
         weight = owner_by_key(int(handle[0])).weight
         products = products_of([x], [weight], compute, [False])
         results = forward(found, products, found.arguments(inputs, sizes), chunk, spread)
@@ -97,7 +97,7 @@ def fused_head_program_backward(
         owner = owner_by_key(key)
         policy, wanted = owner.policy(), weight_is_wanted(owner)
     arguments = [*found.arguments(inputs, sizes), *saved, *tangents]
-    asked = found.name, need_dx, wanted, policy.at_step, policy.clips
+    asked = found.outline, need_dx, wanted, policy.at_step, policy.clips
     with exchange_of(shard, x, asked) as spread:
         owner.check_values(ticket, version)
         products = products_of([x], [owner.weight], compute, [False])

@@ -75,7 +75,7 @@ def head_program(
     from elmo_compile.kernels.aten.programs import forward
 
     found = find_program(program)
-    with exchange_of(shard, xs[0], found.name) as spread:
+    with exchange_of(shard, xs[0], found.outline) as spread:
         products = products_of(xs, ws, compute, [False] * len(xs))
         results = forward(found, products, found.arguments(inputs, sizes), chunk, spread)
     return unaliased(results, inputs)
@@ -141,7 +141,7 @@ def head_program_backward(
     from elmo_compile.kernels.aten.programs import backward
 
     found = find_program(program)
-    with exchange_of(shard, xs[0], (found.name, need_dx, need_dw)) as spread:
+    with exchange_of(shard, xs[0], (found.outline, need_dx, need_dw)) as spread:
         made = backward(
             found,
             products_of(xs, ws, compute, wide),

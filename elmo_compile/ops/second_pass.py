@@ -108,7 +108,7 @@ class KeptProgram:
 
         product = Product(x=self.x, w_LD=w_LD, compute_dtype=self.compute)
         given = [*self.inputs, *self.tangents]
-        with exchange_of(self.shard, self.x, self.program.name) as spread:
+        with exchange_of(self.shard, self.x, self.program.outline) as spread:
             yield from program_chunks(self.program, product, given, chunk, spread)
 
 

@@ -238,7 +238,11 @@ class Exchange:
 
     def agree(self, number: int = 0) -> int:
         """All go on, or all raise InputError; the smallest number of all."""
-        agreement = Agreement(self.shard.group, self._device)
+        must = (
+            "the loss, dtypes, what a gradient is asked of, and how the loss is planned (for some "
+            "losses another way in a process with less than two rows: give it more)"
+        )
+        agreement = Agreement(self.shard.group, self._device, must=must)
         agreement.tell(self._own, number, same=self._same)
         try:
             agreement.close()

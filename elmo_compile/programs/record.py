@@ -114,6 +114,18 @@ class Program:
     count: int
     """Inputs in all; the others are not read."""
 
+    @property
+    def outline(self) -> tuple[Any, ...]:
+        """The loss and what each walk multiplies and forms: programs of several processes take
+        part in one another's walks, if this is the same in all."""
+        schedules = (self.forward, self.backward)
+        walks = [
+            [(walk.products, walk.gradients) for walk in schedule.walks]
+            for schedule in schedules
+            if schedule is not None
+        ]
+        return self.name, walks
+
     def arguments(self, tensors: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
         """The program's inputs from what an op was given."""
         made: list[Any] = [None] * self.count

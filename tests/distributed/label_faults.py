@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from label_run import BF16, ROWS, Run, same, train
+from label_run import BF16, FP8, ROWS, Run, same, train
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from training import EAGER, LABELS, batch, compiled, net
+from training import EAGER, LABELS, Net, batch, compiled, net
 
 import elmo_compile as elmo
 from elmo_compile.errors import ElmoError, FusedUpdateError, InputError, OptionError
@@ -187,6 +188,44 @@ def assigned(run: Run) -> None:
     assert elmo.is_fused(model.head.weight)
 
 
+def copied(run: Run) -> None:
+    """A copy of a converted head has a float32 gradient too; the original keeps its own."""
+    for dtype in (BF16, FP8):
+        model = elmo.convert_head(net("ce"), dtype)
+        run.shard(model)
+        step = compiled(model)
+        step(*run.own(batch(0, ROWS))).backward()
+        held = model.head.weight.grad
+        twin = copy.deepcopy(model)
+        assert model.head.weight.grad is held
+        assert twin.head.weight.grad is None
+        compiled(twin)(*run.own(batch(0, ROWS))).backward()
+        assert twin.head.weight.grad.dtype == torch.float32
+        assert torch.equal(twin.head.weight.grad.to_local(), held.to_local())
+
+
+def planned_apart(run: Run) -> None:
+    """A loss that a process with no rows plans otherwise is an error in all, and none waits."""
+
+    class Weighted(Net):
+        def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+            z = self.head(torch.tanh(self.encoder(inputs)))
+            weights = torch.linspace(0.5, 2.0, LABELS)
+            return F.cross_entropy(z, labels, weights, label_smoothing=0.1, reduction="sum") / 12
+
+    model = Weighted()
+    run.shard(model)
+    step = compiled(model)
+    inputs, labels = run.own(batch(0, ROWS))
+    if run.world > 1:
+        few = 0 if run.rank == 0 else len(inputs)
+        with pytest.raises(InputError, match="less than two rows"):
+            step(inputs[:few], labels[:few]).backward()
+        model.zero_grad()
+    step(inputs, labels).backward()
+    assert model.head.weight.grad is not None
+
+
 def kept(run: Run) -> None:
     """What the user has of a head is not written to; what cannot be is refused."""
     model = net("ce", seed=run.rank)
@@ -212,4 +251,4 @@ def kept(run: Run) -> None:
     assert logits.shape == (2, LABELS)
 
 
-CASES = (whole_state, changed, unlike, loops, assigned, kept)
+CASES = (whole_state, changed, unlike, loops, assigned, copied, planned_apart, kept)
