@@ -1,4 +1,4 @@
-"""`elmo::sharded_linear`: a linear layer whose outputs are spread over processes (`shards`).
+"""`elmo::sharded_linear`: a linear layer whose outputs are spread over processes (`spread`).
 
 z = x W^T + b for this process's rows and all outputs: what a sharded head does wherever the pass
 does not replace it. It gathers the features of all processes, multiplies them with this one's part

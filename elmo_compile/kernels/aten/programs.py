@@ -135,7 +135,7 @@ def products_held(
     updates: dict[int, Update] | None,
     spread: Any,
 ) -> Products:
-    """The operands of a call, here or spread over processes (`ops.shards.Exchange`)."""
+    """The operands of a call, here or spread over processes (`ops.spread.Exchange`)."""
     if spread is None:
         return Products(program, products, chunk, updates)
     from elmo_compile.kernels.aten.spread_programs import SpreadProducts

@@ -26,7 +26,7 @@ class SpreadProducts(Products):
     """The operands of a program's only product, and its logits chunk by chunk.
 
     Args:
-        spread: `ops.shards.Exchange`: who has which outputs, and what sends tensors.
+        spread: `ops.spread.Exchange`: who has which outputs, and what sends tensors.
     """
 
     def __init__(
