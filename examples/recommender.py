@@ -92,10 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(f"recommended {best.indices[7, :8].tolist()}", highlight=False)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None, description: str | None = __doc__) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--steps", type=int, default=100, metavar="N", help="batches of 128 (default %(default)s)")

@@ -8,13 +8,12 @@ whole. The encoder is copied to each (DistributedDataParallel). On GPUs, if ther
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from recommender import BATCH, GENRES, ITEMS, Recommender, sessions_of
+from recommender import BATCH, GENRES, ITEMS, Recommender, parse, sessions_of
 from rich.console import Console
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +23,7 @@ import elmo_compile as elmo
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, then recommend for sessions that were not trained on."""
-    options = parse(arguments)
+    options = parse(arguments, __doc__)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -66,17 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dist.all_reduce(hits)
     console.print(f"of the genre: {100 * hits[0] / hits[1]:.1f} % of the first 10", highlight=False)
     dist.destroy_process_group()
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--steps", type=int, default=100, metavar="N", help="batches of 128 (default %(default)s)")
-    add("--head-lr", type=float, default=4.0, metavar="RATE", help="SGD's (default %(default)s)")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -89,10 +89,10 @@ def _read_inputs(site: Site, node: fx.Node) -> None:
 
 def _stand_in(site: Site, part: Any, product: fx.Node) -> None:
     """A plain fake tensor in the place of a fake DTensor."""
+    fake: Any = tensor_of(product)
+    mode = fake.fake_mode
     for node in {part, site.outer(part) or part}:
-        sharded, fake = tensor_of(node), tensor_of(product)
-        assert sharded is not None
-        assert fake is not None
-        with torch.no_grad(), fake.fake_mode:  # type: ignore[attr-defined]
+        sharded: Any = tensor_of(node)
+        with torch.no_grad(), mode:
             plain = torch.empty(sharded.shape, dtype=sharded.dtype, device=sharded.device)
         node.meta["example_value"] = plain.requires_grad_(sharded.requires_grad)

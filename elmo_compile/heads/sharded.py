@@ -43,7 +43,8 @@ class ShardedLinear(nn.Linear):
         with torch.device("meta"):
             new = cls(head.in_features, head.out_features, bias=False)
         new.storage_dtype = head.storage_dtype if isinstance(head, LowPrecisionLinear) else None
-        new.weight, new.bias = weight, bias  # type: ignore[assignment]
+        new.weight = weight
+        new.register_parameter("bias", bias)
         new._note()
         new.train(head.training)
         return new

@@ -115,6 +115,30 @@ def make_problem(
     )
 
 
+def agreed_problem(
+    spread: Spread,
+    asked: Any,
+    x_ND: Tensor,
+    *operands: Any,
+    wide_dw: bool = False,
+    check: Callable[[], None] | None = None,
+) -> HeadProblem:
+    """`make_problem`, in all processes that share the head or in none.
+
+    Args:
+        asked: as `Spread.agreed`.
+        operands: of `make_problem`, behind the features.
+        check: called first; what it raises, all processes do.
+    """
+
+    def make() -> HeadProblem:
+        if check is not None:
+            check()
+        return make_problem(x_ND, *operands, wide_dw=wide_dw, num_outputs=spread.num_outputs)
+
+    return spread.agreed(x_ND.device, asked, make)
+
+
 def labels_out_of_range(
     spec: LossSpec, target: Tensor, target_aux: Tensor | None, num_rows: int, num_outputs: int
 ) -> Tensor:

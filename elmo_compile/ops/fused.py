@@ -21,9 +21,9 @@ from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.numerics.capture import capturing
 from elmo_compile.numerics.losses import CE, LossSpec
 from elmo_compile.ops.call import (
+    agreed_problem,
     labels_out_of_range,
     loss_pass,
-    make_problem,
     reduce_rows,
     row_factor,
     row_scale,
@@ -119,12 +119,8 @@ def fused_head_loss(
         weight = owner.weight
     spread = spread_of(shard, weight)
     L = spread.num_outputs
-    problem = spread.agreed(
-        x.device,
-        "forward with an update",
-        lambda: make_problem(
-            x, weight, bias, target, target_aux, spec, chunk, compute, num_outputs=L
-        ),
+    problem = agreed_problem(
+        spread, "forward with an update", x, weight, bias, target, target_aux, spec, chunk, compute
     )
     factor = row_factor(spec, target, L, x.shape[0], scale, divisor)
     if deferred and serial_if_deferred(handle) is not None and spec.name != CE:
@@ -208,18 +204,17 @@ def fused_head_loss_backward(
     spread = spread_of(shard, weight)
     L = spread.num_outputs
 
-    def checked() -> HeadProblem:
+    def check() -> None:
         owner.check_values(ticket, version)
         if wanted and policy.at_step:
             owner.check_keep(ticket)
         elif wanted:
             owner.check_ticket(ticket)
-        return make_problem(
-            x, weight, bias, target, target_aux, spec, chunk, compute, num_outputs=L
-        )
 
     asked = "update", need_dx, need_db, need_value, wanted, policy.at_step, policy.clips
-    problem = spread.agreed(x.device, asked, checked)
+    problem = agreed_problem(
+        spread, asked, x, weight, bias, target, target_aux, spec, chunk, compute, check=check
+    )
     problem = dataclasses.replace(problem, capturable=policy.capturable)
     factor = row_factor(spec, target, L, x.shape[0], scale, divisor)
     scale_N = row_scale(grad, spec, target, factor, x.shape[0])

@@ -21,15 +21,8 @@ from elmo_compile.errors import FusedUpdateError
 from elmo_compile.kernels.problem import HeadProblem
 from elmo_compile.numerics.losses import BCE, Positives
 from elmo_compile.ops.collectives import exchange, gather_rows
-from elmo_compile.ops.second_pass import (
-    Kept,
-    KeptHead,
-    in_one_form,
-    merged,
-    pairs_are_smaller,
-    stack_targets,
-    with_targets,
-)
+from elmo_compile.ops.merged import in_one_form, merged, stack_targets, with_targets
+from elmo_compile.ops.second_pass import Kept, KeptHead, pairs_are_smaller
 
 _NOTHING, _HEAD, _OTHER, _FAILED = range(4)
 _CLASSES, _DENSE, _PAIRS = range(3)

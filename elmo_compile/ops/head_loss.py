@@ -15,10 +15,10 @@ from torch import Tensor
 from elmo_compile.numerics.losses import CE, LossSpec
 from elmo_compile.ops.call import (
     accumulate_dtype,
+    agreed_problem,
     assert_labels,
     forbid_second_derivative,
     loss_pass,
-    make_problem,
     reduce_rows,
     row_factor,
     row_scale,
@@ -49,12 +49,8 @@ def head_loss(
 ) -> tuple[Tensor, Tensor]:
     spec, spread = LossSpec.decode(loss), spread_of(shard, weight)
     L = spread.num_outputs
-    problem = spread.agreed(
-        x.device,
-        "forward",
-        lambda: make_problem(
-            x, weight, bias, target, target_aux, spec, chunk, compute, num_outputs=L
-        ),
+    problem = agreed_problem(
+        spread, "forward", x, weight, bias, target, target_aux, spec, chunk, compute
     )
     assert_labels(spec, target, target_aux, x.shape[0], L)
     rows_N, stats_2N = loss_pass(problem, spread)
@@ -109,14 +105,10 @@ def head_loss_backward(
 
     spec, spread = LossSpec.decode(loss), spread_of(shard, weight)
     L = spread.num_outputs
-    problem = spread.agreed(
-        x.device,
-        ("backward", need_dx, need_dw, need_db),
-        lambda: make_problem(
-            x, weight, bias, target, target_aux, spec, chunk, compute, wide_dw=wide_dw,
-            num_outputs=L,
-        ),
-    )  # fmt: skip
+    asked = "backward", need_dx, need_dw, need_db
+    problem = agreed_problem(
+        spread, asked, x, weight, bias, target, target_aux, spec, chunk, compute, wide_dw=wide_dw
+    )
     factor = row_factor(spec, target, L, x.shape[0], scale, divisor)
     scale_N = row_scale(grad, spec, target, factor, x.shape[0])
     dx, dw, db, *_ = kernels.select(x.device).backward(

@@ -15,7 +15,8 @@ from elmo_compile.ops.data_parallel import group_of_ignored
 from elmo_compile.ops.device_flag import DeviceFlag
 from elmo_compile.ops.dtensors import local_of, placed_as, sum_over_shards
 from elmo_compile.ops.gather import gathered
-from elmo_compile.ops.second_pass import Kept, keep_dense, merged, squared_norm
+from elmo_compile.ops.merged import merged
+from elmo_compile.ops.second_pass import Kept, keep_dense, squared_norm
 
 
 class Policy(NamedTuple):

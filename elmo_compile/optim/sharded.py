@@ -67,11 +67,11 @@ def _rounds(weight: torch.dtype, group: dict[str, Any]) -> bool:
     return is_narrow(weight) or is_narrow(state_dtype(weight, group.get("state_dtype")))
 
 
-def state_like(value: Tensor, param: Any) -> Tensor:
+def state_like(value: Any, param: Any) -> Tensor:
     """A saved state tensor with a parameter's placements: of a whole one this process's rows, and
     for a whole parameter all rows of a sharded one. Collective where it was placed otherwise."""
     if not is_sharded(param):
-        whole: Tensor = value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
+        whole: Tensor = value.full_tensor() if is_sharded(value) else value
         return whole
     if is_sharded(value):
         placed: Tensor = placed_as(value, param)

@@ -222,67 +222,52 @@ def losses(run: Run) -> None:
             assert elmo.last_report().matches, name
 
 
+def _end_alike(run: Run, make: Callable[[], Any], dtype: Any) -> None:
+    """Some steps of a model's head stored in `dtype`, updated in each way, end where those of one
+    process do."""
+    ways: list[dict[str, Any]] = [
+        {"momentum": 0.9},
+        {"update_at": "step", "max_norm": 0.05},
+        {"fused": False},
+    ]
+    for hyper in ways:
+        models = [make(), make()]
+        if dtype is not None:
+            models = [elmo.convert_head(model, dtype) for model in models]
+        run.shard(models[0])
+        opts = [elmo.optim.SGD(m.parameters(), 0.5, rounding="nearest", **hyper) for m in models]
+        batches = [batch(seed, ROWS) for seed in range(3)]
+        found = train(run, models[0], opts[0], batches)
+        wanted = train(None, models[1], opts[1], batches)
+        assert elmo.is_fused(models[0].head.weight) is ("fused" not in hyper)
+        assert found == pytest.approx(wanted, rel=2e-3)
+        tight = dtype is None
+        same(*models, rtol=1e-4 if tight else 0.0, atol=2e-6 if tight else 0.07)
+
+
 def training(run: Run) -> None:
-    """Some steps on real data, fused in every way, end where those of one process do."""
+    """Losses with kernels of their own."""
     for kind in ("ce", "bce"):
         for dtype in (None, BF16, FP8):
-            for hyper in (
-                {"momentum": 0.9},
-                {"update_at": "step", "max_norm": 0.05},
-                {"fused": False},
-            ):
-                models = [net(kind, seed=3) for _ in range(2)]
-                for model in models:
-                    if dtype is not None:
-                        elmo.convert_head(model, dtype)
-                run.shard(models[0])
-                opts = [
-                    elmo.optim.SGD(m.parameters(), 0.5, rounding="nearest", **hyper) for m in models
-                ]
-                batches = [batch(seed, ROWS) for seed in range(3)]
-                found = train(run, models[0], opts[0], batches)
-                wanted = train(None, models[1], opts[1], batches)
-                assert found == pytest.approx(wanted, rel=2e-3)
-                tight = dtype is None
-                same(*models, rtol=1e-4 if tight else 0.0, atol=2e-6 if tight else 0.07)
+            _end_alike(run, functools.partial(net, kind, seed=3), dtype)
 
 
 def programs(run: Run) -> None:
-    """The same of losses without kernels of their own."""
-    for name in ("hinge", "tempered"):
+    """Losses without."""
+    for loss in (_hinge, _tempered):
         for dtype in (None, FP8):
-            for hyper in (
-                {"momentum": 0.9},
-                {"update_at": "step", "max_norm": 0.05},
-                {"fused": False},
-            ):
-                models = []
-                for _ in range(2):
-                    torch.manual_seed(4)
-                    models.append(Outputs(LOSSES[name][0]))
-                    if dtype is not None:
-                        elmo.convert_head(models[-1], dtype)
-                run.shard(models[0])
-                opts = [
-                    elmo.optim.SGD(m.parameters(), 0.5, rounding="nearest", **hyper) for m in models
-                ]
-                batches = [batch(seed, ROWS) for seed in range(3)]
-                found = train(run, models[0], opts[0], batches)
-                wanted = train(None, models[1], opts[1], batches)
-                assert elmo.is_fused(models[0].head.weight) is ("fused" not in hyper)
-                assert found == pytest.approx(wanted, rel=2e-3)
-                tight = dtype is None
-                same(*models, rtol=1e-4 if tight else 0.0, atol=2e-6 if tight else 0.07)
+            _end_alike(run, functools.partial(_outputs, loss), dtype)
+
+
+def _outputs(loss: Callable[..., Tensor]) -> Outputs:
+    torch.manual_seed(4)
+    return Outputs(loss)
 
 
 def accumulated(run: Run) -> None:
     """Micro-batches, stashed, and a penalty, then one step; and a step that is skipped."""
     for loss in (F.cross_entropy, _hinge):
-        models = []
-        for _ in range(2):
-            torch.manual_seed(4)
-            models.append(Outputs(loss))
-        model, twin = models
+        model, twin = models = [_outputs(loss), _outputs(loss)]
         run.shard(model)
         hyper: dict[str, Any] = {"update_at": "step", "accumulate": "stash", "nonfinite": "skip"}
         hyper["max_norm"] = 0.05
