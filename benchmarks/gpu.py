@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 from gpu_common import (
     FP8,
-    MIB,
     NAMES,
     Bench,
     Contender,
@@ -49,8 +48,7 @@ from gpu_common import (
     weight,
 )
 from torch import Tensor, nn
-
-import elmo_compile as elmo
+from whole_step import GRAPH, Run, Training, plain_loss, runs
 
 
 def ceilings(b: Bench) -> None:
@@ -94,12 +92,6 @@ def _bce(b: Bench, L: int, dtype: torch.dtype) -> None:
     b.compare(row, contenders, moved=2 * w.numel() * w.element_size(), product=2 * N * L * D)
 
 
-def plain_loss(z: Tensor, labels: Tensor) -> Tensor:
-    """Summed BCE of label lists [N, P], mean over rows, without this package."""
-    y = torch.zeros_like(z).scatter_(1, labels, 1.0)
-    return F.binary_cross_entropy_with_logits(z, y, reduction="sum") / z.shape[0]
-
-
 def _plain_step(x: Tensor, w: Tensor, labels: Tensor, loss: Any) -> Step:
     """A step with torch.optim.SGD."""
     x, w = x.clone().requires_grad_(), nn.Parameter(w)
@@ -113,108 +105,34 @@ def _plain_step(x: Tensor, w: Tensor, labels: Tensor, loss: Any) -> Step:
     return step
 
 
-class Classifier(nn.Module):
-    """BERT-base with random weights, the first token's vector, and a head.
-
-    Args:
-        plain: the head and its loss are torch's.
-    """
-
-    def __init__(self, b: Bench, outputs: int, dtype: torch.dtype, *, plain: bool) -> None:
-        from transformers import BertConfig, BertModel
-
-        super().__init__()
-        tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        config = BertConfig(**(tiny | {"intermediate_size": 64} if b.dry else {}))
-        config._attn_implementation = "sdpa"
-        with torch.device(b.device):
-            self.encoder = BertModel(config, add_pooling_layer=False).bfloat16()
-        self.head = Head(weight(outputs, config.hidden_size, dtype, b.device), bias=True)
-        self.plain = plain
-
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Summed BCE of the labels, mean over rows."""
-        x = self.encoder(tokens).last_hidden_state[:, 0]
-        if self.plain:
-            head = self.head.head
-            return plain_loss(F.linear(x, head.weight, head.bias.to(x.dtype)), labels)
-        return self.head(x, labels)
-
-
-PLAIN = "torch.compile, inductor, torch.optim"
-GRAPH = "whole step in a CUDA graph"
-
-
 def whole_step(b: Bench) -> None:
     """Peak memory and speed of training, as published for 2 812 281 labels."""
-    N, T, L = b.size(128, 2), b.size(128, 8), b.size(2_812_281, 1000)
-    modes = ("none", "activation budget 0.5", "layer checkpointing")
-    runs = [(FP8, "none"), (torch.bfloat16, "none")]
-    runs += [(FP8, GRAPH)] if b.device == "cuda" else []
-    runs += [(dtype, mode) for dtype in (FP8, torch.bfloat16) for mode in modes[1:]]
-    runs += [(torch.bfloat16, PLAIN)]
-    for dtype, mode in runs:
-        row = {"part": "step", "L": L, "dtype": NAMES[dtype], "contender": mode}
+    for run in runs(b.device):
+        row = {"part": "step", "L": b.size(2_812_281, 1000), **run.row}
         with fresh():
             try:
-                b.emit(**row, **_train(b, N, T, L, dtype, mode))
+                b.emit(**row, **_train(b, run))
             except Exception as error:  # the other rows are worth having
                 if b.dry:
                     raise
                 b.emit(**row, failed=said(error))
 
 
-def _train(b: Bench, N: int, T: int, L: int, dtype: torch.dtype, mode: str) -> dict[str, Any]:
+def _train(b: Bench, run: Run) -> dict[str, Any]:
     import torch._functorch.config as functorch
 
-    plain, capturable = mode == PLAIN, mode == GRAPH
-    model = Classifier(b, L, dtype, plain=plain)
-    if mode == "layer checkpointing":
-        model.encoder.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    if plain:
-        optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(model.encoder.parameters(), lr=1e-5),
-            torch.optim.SGD(model.head.parameters(), lr=0.05),
-        ]
-    else:
-        optimizers = [
-            elmo.optim.AdamW(
-                model.encoder.parameters(), lr=1e-5, rounding="kahan",
-                state_dtype=torch.bfloat16, fused=False, capturable=capturable,
-            ),
-            elmo.optim.SGD(model.head.parameters(), lr=0.05, capturable=capturable),
-        ]  # fmt: skip
-    budget = 0.5 if mode.startswith("activation") else 1.0
-    tokens = torch.randint(0, 30_000, (N, T), device=b.device)
-    labels = torch.randint(0, L, (N, 5), device=b.device)
-    with functorch.patch(activation_memory_budget=budget):
-        how: dict[str, Any] = {} if plain else {"backend": "elmo", "options": b.options}
-        step_fn = torch.compile(model, **how)
-
-        def step() -> None:
-            step_fn(tokens, labels).backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-
-        if capturable:
-            step = _captured(step)
+    N, T, L = b.size(128, 2), b.size(128, 8), b.size(2_812_281, 1000)
+    training = Training(run, (N, T, L), b.device, tiny=b.dry, options=b.options)
+    with functorch.patch(activation_memory_budget=training.activation_budget):
+        step = _captured(training.step) if run.mode == GRAPH else training.step
         times = b.time(step)
-        fused = elmo.is_fused(model.head.head.weight) and elmo.last_report().matches
-        if not plain and not fused:
-            raise RuntimeError(f"the head's update was not fused:\n{elmo.last_report()}")
-        terms = {
-            "encoder MiB": sum(p.numel() * p.element_size() for p in model.encoder.parameters()),
-            "head MiB": sum(p.numel() * p.element_size() for p in model.head.parameters()),
-        }
+        training.check()
         between = b.allocated()
         allocated, reserved = b.peak(step)
     return {
         "ms": 1e3 * times.device, "ms in a row": 1e3 * times.whole,
         "samples/s": N / times.whole, "peak GiB": allocated / 1024, "reserved GiB": reserved / 1024,
-        **{name: value / MIB for name, value in terms.items()},
-        "with optimizer state MiB": between,
+        **training.terms(), "with optimizer state MiB": between,
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ never hold the logits; with `elmo_compile.optim` the weight gradient never exist
 
 from elmo_compile import distributed, heads, integrations, metrics, optim, testing
 from elmo_compile.config import Options
+from elmo_compile.deferred.targets import multi_hot
 from elmo_compile.errors import (
     ElmoError,
     FusedUpdateError,
@@ -17,7 +18,6 @@ from elmo_compile.errors import (
 from elmo_compile.explain import explain
 from elmo_compile.heads import convert_head, dequantize_head, exclude
 from elmo_compile.numerics.rounding import stochastic_round
-from elmo_compile.ops.multi_hot import multi_hot
 from elmo_compile.optim.base import is_fused
 from elmo_compile.report.records import Report
 from elmo_compile.report.store import last_report, reports

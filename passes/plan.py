@@ -16,7 +16,7 @@ import torch.fx as fx
 
 from elmo_compile.config import LossValue, Options
 from elmo_compile.numerics.features import FP8
-from elmo_compile.numerics.losses import CE
+from elmo_compile.numerics.losses import BCE, CE
 from elmo_compile.passes.graphs import hint, hints, source_of, tensor_of
 from elmo_compile.passes.match.linear import HEAD_OPS
 from elmo_compile.passes.records import HeadMatch, PlannedHead, ProgramMatch, Region
@@ -78,8 +78,18 @@ def plan_match(match: HeadMatch | ProgramMatch, options: Options) -> PlannedHead
         loss_value=value,
         loss_output=loss_output,
         unfusable=why_unfusable(match, weight, compute),
-        notes=notes + _spread(match),
+        notes=notes + _dense_targets(match) + _spread(match),
         shard="" if shard is None else shard.encode(),
+    )
+
+
+def _dense_targets(match: HeadMatch | ProgramMatch) -> tuple[str, ...]:
+    if not isinstance(match, HeadMatch) or (match.loss.name, match.loss.targets) != (BCE, "dense"):
+        return ()
+    return (
+        "the dense targets are as large as the logits; where they are 0 and 1, "
+        "elmo_compile.multi_hot(indices, num_classes), called in the compiled function, is never "
+        "built",
     )
 
 

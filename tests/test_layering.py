@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tune": {"bench", "kernels", "numerics"},
     "cli": {"bench", "explain", "planner", "report", "tune", "<root>"},
     "<root>": {
+        "deferred",
         "distributed",
         "explain",
         "heads",
@@ -75,6 +76,7 @@ MAY_TOUCH_PRIVATE: dict[str, set[str]] = {
     "elmo_compile/deferred/functions.py": {"_guards"},
     "elmo_compile/deferred/gradient.py": {"_C"},
     "elmo_compile/deferred/origin.py": {"_subclasses"},
+    "elmo_compile/deferred/targets.py": {"_C"},
     "elmo_compile/deferred/tensor.py": {"_C"},
     "elmo_compile/explain.py": {"_dynamo"},
     "elmo_compile/integrations.py": {"_dynamo"},

@@ -18,7 +18,8 @@ from elmo_compile.deferred.gradient import backward, gradient
 from elmo_compile.deferred.nodes import derive
 from elmo_compile.deferred.origin import FAKES, fake
 from elmo_compile.deferred.state import Root, State
-from elmo_compile.deferred.step import Step, as_argument
+from elmo_compile.deferred.step import Argument, Step, as_argument
+from elmo_compile.deferred.targets import made_by_program
 from elmo_compile.deferred.tensor import Deferred
 from elmo_compile.ops.data_parallel import inside
 from elmo_compile.ops.kept import KEPT, Tops, collecting
@@ -99,7 +100,7 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
         args[0].replace_values(args[1])
         return None
-    logits, rest, named = _logits_first(func, args, kwargs)
+    logits, rest, named = _logits_first(args, kwargs)
     if logits is None:
         return NotImplemented
     state = logits._state
@@ -135,14 +136,16 @@ def _fused(logits: Deferred, root: Root) -> bool:
 
 
 def _logits_first(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Deferred | None, tuple[Any, ...], dict[str, Any]]:
-    """The one deferred tensor, if it is the first argument, and the other arguments."""
+    """The one deferred tensor that is not a program's to make, if it is the first argument, and
+    the other arguments."""
     if args:
         first, rest, named = args[0], args[1:], kwargs
     else:
         named = dict(kwargs)
         first, rest = named.pop("input", None), ()
+    rest, named = pytree.tree_map(made_by_program, (rest, named))
     others = pytree.tree_leaves((rest, named))
     if not isinstance(first, Deferred) or any(isinstance(other, Deferred) for other in others):
         return None, (), {}
@@ -154,7 +157,7 @@ def _stays(func: Any, rest: tuple[Any, ...], named: dict[str, Any], logits: Defe
     indices, dtypes and numbers."""
     name = func.__name__
     given = pytree.tree_leaves((rest, named))
-    if any(isinstance(g, Tensor) and g.requires_grad for g in given):
+    if any(isinstance(g, Argument) or (isinstance(g, Tensor) and g.requires_grad) for g in given):
         return False
     if name == "to":
         devices = [torch.device(g) for g in given if isinstance(g, str | torch.device)]

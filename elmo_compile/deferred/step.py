@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,16 +13,45 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
+class Argument:
+    """A tensor argument that a program makes: of a given tensor, by steps.
+
+    Args:
+        source: what the first step is applied to.
+        steps: one at least.
+    """
+
+    def __init__(self, source: Tensor, steps: Sequence[Step]) -> None:
+        self._steps = steps
+        self.tensors = [source, *(tensor for step in steps for tensor in step.tensors)]
+        self.key = tuple(step.key for step in steps)
+
+    def __call__(self, tensors: Sequence[Any]) -> Any:
+        """The argument, made of these in place of its own tensors."""
+        return self._apply(tensors, Step.__call__)
+
+    def emit(self, graph: fx.Graph, tensors: Sequence[fx.Node]) -> fx.Node:
+        """The same as a node."""
+        node: fx.Node = self._apply(tensors, lambda step, z, own: step.emit(graph, z, own))
+        return node
+
+    def _apply(self, tensors: Sequence[Any], apply: Callable[..., Any]) -> Any:
+        made, *rest = tensors
+        left = iter(rest)
+        for step in self._steps:
+            made = apply(step, made, list(itertools.islice(left, len(step.tensors))))
+        return made
+
+
 class Step:
     """`func(logits, *args, **kwargs)`; tensors among the arguments are kept apart from the rest."""
 
     def __init__(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]):
         leaves, self._spec = pytree.tree_flatten((tuple(args), kwargs))
         self.func = func
-        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self._rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._given = [isinstance(leaf, Tensor) for leaf in leaves]
-        self.key = (func, self._spec, tuple(self._given), tuple(map(_hashable, self._rest)))
+        self._leaves = [_GIVEN if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.tensors = [tensor for leaf in leaves for tensor in _tensors(leaf)]
+        self.key = (func, self._spec, tuple(map(_hashable, self._leaves)))
 
     def frozen(self) -> Step:
         """The same with copies of its tensors, to be run later."""
@@ -46,20 +76,43 @@ class Step:
 
     def emit(self, graph: fx.Graph, z: fx.Node, tensors: Sequence[fx.Node]) -> fx.Node:
         """The same as a node."""
-        args, kwargs = self.arguments(tensors)
+        args, kwargs = self.arguments(tensors, lambda made, own: made.emit(graph, own))
         name = getattr(self.func, "__name__", "")
         if getattr(torch.Tensor, name, None) is self.func:
             return graph.call_method(name, (z, *args), kwargs)
         return graph.call_function(self.func, (z, *args), kwargs)
 
     def arguments(
-        self, tensors: Sequence[Any] | None = None
+        self, tensors: Sequence[Any] | None = None, make: Callable[..., Any] = Argument.__call__
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What stands behind the logits, with other tensors in place of its own, if given."""
+        """What stands behind the logits.
+
+        Args:
+            tensors: in place of its own.
+            make: of an argument that is made, and of what stands for its tensors.
+        """
         left = iter(self.tensors if tensors is None else tensors)
-        leaves = [next(left) if given else rest for given, rest in zip(self._given, self._rest)]
+        leaves = []
+        for leaf in self._leaves:
+            if leaf is _GIVEN:
+                leaves.append(next(left))
+            elif isinstance(leaf, Argument):
+                leaves.append(make(leaf, list(itertools.islice(left, len(leaf.tensors)))))
+            else:
+                leaves.append(leaf)
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         return args, kwargs
+
+
+_GIVEN = object()
+"""Stands where a tensor is given."""
+
+
+def _tensors(leaf: Any) -> Sequence[Tensor]:
+    """Those that an argument needs."""
+    if isinstance(leaf, Argument):
+        return leaf.tensors
+    return [leaf] if isinstance(leaf, Tensor) else []
 
 
 def as_argument(func: Callable[..., Any], argument: Any) -> Any:
@@ -80,6 +133,8 @@ def as_argument(func: Callable[..., Any], argument: Any) -> Any:
 
 
 def _hashable(value: Any) -> Any:
+    if isinstance(value, Argument):
+        return value.key
     if isinstance(value, slice):
         return slice, *map(_hashable, (value.start, value.stop, value.step))
     # 1, 1.0 and True are equal keys but different arguments.

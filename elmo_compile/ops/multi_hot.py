@@ -21,14 +21,10 @@ from elmo_compile.ops.call import assert_labels
     schema="(Tensor indices, int num_classes, Tensor? offsets) -> Tensor",
 )
 def _multi_hot(indices: Tensor, num_classes: int, offsets: Tensor | None) -> Tensor:
-    from elmo_compile.kernels.targets import check_targets, positives_of
+    from elmo_compile.kernels.targets import positives_of
 
-    spec = LossSpec(name=BCE, targets="padded" if offsets is None else "flat")
-    num_rows = indices.shape[0] if offsets is None else offsets.shape[0] - 1
-    if indices.device.type == "cpu":
-        check_targets(spec, indices, offsets, num_rows, num_classes)
-    else:
-        assert_labels(spec, indices, offsets, num_rows, num_classes)
+    check_labels(indices, num_classes, offsets)
+    spec, num_rows = _form(offsets), _num_rows(indices, offsets)
     rows_M, cols_M, _ = positives_of(spec, indices, offsets, num_rows, num_classes)
     # Padding and repeats carry the column `num_classes`; they go to one number behind the matrix.
     size = num_rows * num_classes
@@ -40,29 +36,27 @@ def _multi_hot(indices: Tensor, num_classes: int, offsets: Tensor | None) -> Ten
 
 @_multi_hot.register_fake
 def _(indices: Tensor, num_classes: int, offsets: Any) -> Tensor:
-    num_rows = indices.shape[0] if offsets is None else offsets.shape[0] - 1
-    return torch.empty(num_rows, num_classes, dtype=torch.float32, device=indices.device)
+    return indices.new_empty(_num_rows(indices, offsets), num_classes, dtype=torch.float32)
 
 
-def multi_hot(indices: Tensor, num_classes: int, *, offsets: Tensor | None = None) -> Tensor:
-    """Targets of a multi-label loss: 1 where a label is given, else 0.
+def _form(offsets: Tensor | None) -> LossSpec:
+    return LossSpec(name=BCE, targets="padded" if offsets is None else "flat")
 
-    `y[n, l] = 1 if l in indices[n] else 0`. Inside `torch.compile(backend="elmo")` the dense matrix
-    is not built where a head's loss consumes it.
 
-    Args:
-        indices: int64 [N, P], label ids padded with -1; or int64 [M] with `offsets`.
-        num_classes: number of labels L.
-        offsets: int64 [N + 1], row n's labels are `indices[offsets[n]:offsets[n + 1]]`.
+def _num_rows(indices: Tensor, offsets: Tensor | None) -> int:
+    return indices.shape[0] if offsets is None else offsets.shape[0] - 1
 
-    Returns:
-        float32 [N, L]. A label given twice for a row counts once.
 
-    Raises:
-        InputError: wrong dtype or shape, an id below -1 or not below `num_classes` (on CUDA, where
-            the host would wait for the ids, a dense matrix of such ids ends in a device assertion,
-            and a head's update is not applied).
-    """
+def check_labels(indices: Tensor, num_classes: int, offsets: Tensor | None) -> None:
+    """Raise InputError (on a GPU: stop the program) where an id is out of range."""
+    from elmo_compile.kernels.targets import check_targets
+
+    check = check_targets if indices.device.type == "cpu" else assert_labels
+    check(_form(offsets), indices, offsets, _num_rows(indices, offsets), num_classes)
+
+
+def check_multi_hot(indices: Tensor, num_classes: int, offsets: Tensor | None) -> None:
+    """Raise InputError unless `elmo::multi_hot` takes such arguments. No values are read."""
     if indices.dtype not in (torch.int64, torch.int32):
         raise InputError(f"multi_hot: indices must be int64, got {indices.dtype}")
     if indices.ndim != (2 if offsets is None else 1):
@@ -82,7 +76,3 @@ def multi_hot(indices: Tensor, num_classes: int, *, offsets: Tensor | None = Non
     whole = isinstance(num_classes, int | torch.SymInt) and not isinstance(num_classes, bool)
     if not whole or num_classes < 1:
         raise InputError(f"multi_hot: num_classes must be a positive int, got {num_classes!r}")
-    y: Tensor = torch.ops.elmo.multi_hot(
-        indices.long(), num_classes, None if offsets is None else offsets.long()
-    )
-    return y
