@@ -1,30 +1,27 @@
-"""What every optimizer of this package has in common: ownership of heads, steps, checkpoints."""
+"""What every optimizer of this package has in common: steps, updates, what is counted."""
 
 from __future__ import annotations
 
-import operator
 import warnings
-import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from elmo_compile.errors import FusedUpdateError, InputError, OptionError
+from elmo_compile.errors import FusedUpdateError, InputError
 from elmo_compile.numerics.blockwise import Blockwise
 from elmo_compile.numerics.philox import ROUNDING_VERSION
 from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Update
-from elmo_compile.ops.dtensors import is_head, is_sharded
-from elmo_compile.ops.kept_gradients import Policy
-from elmo_compile.ops.owners import Owner, owner_of, register, unregister
-from elmo_compile.optim import guards, options, state, whole
-from elmo_compile.optim.checkpoints import Checkpoints
+from elmo_compile.ops.dtensors import is_sharded
+from elmo_compile.ops.owners import Owner, owner_of
+from elmo_compile.optim import options, state, whole
 from elmo_compile.optim.nothing_fused import nothing_fused
 from elmo_compile.optim.on_device import Graphs, count, rate_of, step_of
 from elmo_compile.optim.ordinary import Gradient, apply_updates, check_updates
+from elmo_compile.optim.owning import OwningOptimizer
 from elmo_compile.optim.sharded import check_sharded, local_update, stepping
 from elmo_compile.optim.used import Applied, Used
 
@@ -32,15 +29,7 @@ _INNER = {"params", "param_ids", "param_names", "rounding_version"}
 """Entries of a group that nobody asked for."""
 
 
-class Member(NamedTuple):
-    """One parameter of an optimizer."""
-
-    group: dict[str, Any]
-    param: Tensor
-    param_id: int
-
-
-class HeadOptimizer(Checkpoints):
+class HeadOptimizer(OwningOptimizer):
     """An optimizer that owns huge heads and rounds what it stores; a rule is a subclass."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
@@ -92,20 +81,6 @@ class HeadOptimizer(Checkpoints):
         group["param_ids"] = [self._id_of(param) for param in group["params"]]
         group["rounding_version"] = ROUNDING_VERSION
         self._register()
-
-    def fused_parameters(self) -> list[Tensor]:
-        """The weights whose update a compiled graph has fused so far."""
-        return [owner.param for owner in self._owners if owner.in_use]
-
-    def counters(self) -> dict[str, dict[str, float]]:
-        """What rounding did to each fused head, from a sample of its rows every 64 updates.
-
-        Returns:
-            For each head: `updates` so far, and shares (of sampled elements) that are `unchanged`
-            by an update (with rounding="nearest": updates lost), `saturated` (stored as the
-            format's largest value) and `zero`.
-        """
-        return {o.name: o.counters.shares(o.updates) for o in self._owners if o.in_use}
 
     @property
     def skipped_steps(self) -> int:
@@ -233,49 +208,6 @@ class HeadOptimizer(Checkpoints):
             owner.give_up_capture()
             owner.forget_kept()
 
-    def _members(self) -> list[Member]:
-        self._follow_groups()
-        return [
-            Member(group, param, param_id)
-            for group in self.param_groups
-            for param, param_id in zip(group["params"], group["param_ids"])
-        ]
-
-    def _follow_groups(self) -> None:
-        """Take in what was written into the groups' lists of parameters by hand.
-
-        Raises:
-            FusedUpdateError: a weight whose gradient was taken by its head is gone.
-        """
-        now = [group["params"] for group in self.param_groups]
-        if len(now) == len(self._seen) and all(map(_same_objects, now, self._seen)):
-            return
-        left = {id(param) for params in now for param in params}
-        for owner in self._owners:
-            if id(owner.param) not in left and (owner.pending or owner.kept):
-                raise _removed()
-        for group in self.param_groups:
-            group["param_ids"] = [self._id_of(param) for param in group["params"]]
-        self._register()
-
-    def _check_groups(self) -> None:
-        """Raise OptionError for what was written into a group and is refused at construction."""
-        for group, owns in zip(self.param_groups, self._owns):
-            options.check_whole_gradient(group)
-            if options.owns_heads(group) != owns:
-                raise OptionError(
-                    f"fused={group['fused']}, accumulate={group['accumulate']!r} were written into "
-                    "a group that was made otherwise; whether an optimizer owns its heads is "
-                    "decided when a group is added: construct the optimizer with them"
-                )
-
-    def _id_of(self, param: Tensor) -> int:
-        """The number of a parameter's rounding stream; a new one's is the next."""
-        if param not in self._ids:
-            self._ids[param] = self._next_id
-            self._next_id += 1
-        return int(self._ids[param])
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
@@ -292,57 +224,6 @@ class HeadOptimizer(Checkpoints):
         for group in self.param_groups:  # saved lists may be shorter
             group["param_ids"] = [self._id_of(param) for param in group["params"]]
         self._register()
-
-    # Ownership
-
-    def _register(self) -> None:
-        """Own every matrix of a fused group, and nothing else."""
-        self._seen = [list(group["params"]) for group in self.param_groups]
-        self._owns = [options.owns_heads(group) for group in self.param_groups]
-        owned = {id(owner.param): owner for owner in self._owners}
-        wanted: list[Owner] = []
-        for group in self.param_groups:
-            if not options.owns_heads(group):
-                continue
-            guards.install()
-            names = group.get("param_names") or []
-            for index, (param, param_id) in enumerate(zip(group["params"], group["param_ids"])):
-                if param.dim() == 2 and (not is_sharded(param) or is_head(param)):
-                    known_name = names[index : index + 1]
-                    name = known_name[0] if known_name else f"#{param_id} {tuple(param.shape)}"
-                    known = owned.pop(id(param), None) if id(param) in owned else None
-                    wanted.append(known or self._own(param, name))
-        for owner in owned.values():
-            unregister(owner)
-        self._owners = wanted
-
-    def _own(self, param: Tensor, name: str) -> Owner:
-        # The registry must not keep a discarded optimizer alive.
-        me, this = weakref.ref(self), weakref.ref(param)
-        owner = Owner(param, name, lambda: _alive(me).next_update(_alive(this)))
-        mine = weakref.ref(owner)
-        owner.on_update = lambda guard: _alive(me)._updated(_alive(mine), guard)
-        owner.state_sizes = lambda: _alive(me).state_sizes(_alive(this))
-        owner.policy = lambda: _alive(me)._policy(_alive(this))
-        register(owner)
-        return owner
-
-    def _find(self, param: Tensor) -> Member:
-        for member in self._members():
-            if member.param is param:
-                return member
-        raise _removed()
-
-    def _policy(self, param: Tensor) -> Policy:
-        """How a head is updated, by what its group says now."""
-        group = self._find(param).group
-        self._check_groups()
-        return Policy(
-            at_step=group["update_at"] == "step",
-            accumulate=group["accumulate"],
-            clips=group["max_norm"] is not None,
-            capturable=group["capturable"],
-        )
 
     # Updates
 
@@ -403,25 +284,7 @@ class HeadOptimizer(Checkpoints):
             )
 
 
-def _same_objects(some: list[Tensor], others: list[Tensor]) -> bool:
-    return len(some) == len(others) and all(map(operator.is_, some, others))
-
-
-def _removed() -> FusedUpdateError:
-    return FusedUpdateError(
-        "a head's weight was removed from its optimizer's param_groups between a forward of its "
-        "head and opt.step(); remove it after opt.step()"
-    )
-
-
 def is_fused(param: Tensor) -> bool:
     """Whether a compiled graph updates this parameter itself, without a gradient."""
     owner = owner_of(param)
     return owner is not None and owner.in_use and not owner.superseded
-
-
-def _alive(reference: weakref.ref[Any]) -> Any:
-    target = reference()
-    if target is None:
-        raise FusedUpdateError("the optimizer that owned this head was deleted before backward()")
-    return target

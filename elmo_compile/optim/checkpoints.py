@@ -36,6 +36,7 @@ class Checkpoints(torch.optim.Optimizer):
         for group in saved["param_groups"]:
             if group["capturable"]:
                 group["lr"] = float(group["lr"])  # and this one written to
+            group.update(_named(group))
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -67,7 +68,7 @@ class Checkpoints(torch.optim.Optimizer):
         loading.check_groups(state_dict["param_groups"], self.param_groups)
         loading.check_shapes(state_dict, self.param_groups)
         groups = [
-            {**group, **{key: mine[key] for key in options.HOW}}
+            {**group, **_dtypes(group), **{key: mine[key] for key in options.HOW}}
             for group, mine in zip(state_dict["param_groups"], self.param_groups)
         ]
         if len(groups) == len(state_dict["param_groups"]):
@@ -95,3 +96,18 @@ class Checkpoints(torch.optim.Optimizer):
                         value = state_like(value, param)
                     home = torch.device("cpu") if name == "step" else param.device
                     self.state[param][name] = value.detach().to(home, copy=True)
+
+
+_DTYPES = ("state_dtype", "compensation_dtype")
+
+
+def _named(group: dict[str, Any]) -> dict[str, str]:
+    """A group's dtypes by name: torch.distributed.checkpoint gathers no others."""
+    found = {key: group.get(key) for key in _DTYPES}
+    return {k: str(v).removeprefix("torch.") for k, v in found.items() if isinstance(v, torch.dtype)}
+
+
+def _dtypes(group: dict[str, Any]) -> dict[str, torch.dtype]:
+    """The dtypes of a saved group that are there by name."""
+    found = {key: getattr(torch, str(group.get(key)), None) for key in _DTYPES}
+    return {key: value for key, value in found.items() if isinstance(value, torch.dtype)}

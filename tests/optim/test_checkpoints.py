@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -123,18 +124,24 @@ def test_distributed_checkpoint(run: str, tmp_path: Path) -> None:
     assert_bits(whole, resumed, opt, other)
 
 
-def test_distributed_state_dict_helpers() -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_distributed_state_dict_helpers(full: bool) -> None:
     """`get_optimizer_state_dict` names parameters, and makes the state of a fresh optimizer."""
     helpers = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    how = helpers.StateDictOptions(full_state_dict=full, cpu_offload=full)
     whole = Large(torch.bfloat16)
-    opt = AdamW(whole.parameters(), 0.01, seed=7)
+    rule = functools.partial(AdamW, lr=0.01, seed=7, rounding="kahan", state_dtype=torch.bfloat16)
+    opt = rule(whole.parameters())
     train(compiled(whole, LARGE), opt, 2)
-    model_state, opt_state = copy.deepcopy(helpers.get_state_dict(whole, opt))
+    model_state, opt_state = copy.deepcopy(helpers.get_state_dict(whole, opt, options=how))
     assert "head.weight" in opt_state["state"]
     train(compiled(whole, LARGE), opt, 1, start=2)
     resumed = Large(torch.bfloat16)
-    other = AdamW(resumed.parameters(), 0.01, seed=7)
-    helpers.set_state_dict(resumed, other, model_state_dict=model_state, optim_state_dict=opt_state)
+    other = rule(resumed.parameters())
+    helpers.set_state_dict(
+        resumed, other, model_state_dict=model_state, optim_state_dict=opt_state, options=how
+    )
+    assert other.param_groups[0]["state_dtype"] == torch.bfloat16
     train(compiled(resumed, LARGE), other, 1, start=2)
     assert_bits(whole, resumed, opt, other)
 
