@@ -83,7 +83,7 @@ def _compile(
     name = _name()
     if not _needs_runtime(analysis):
         _tell(_untouched(name, gm, analysis, chosen))
-        return lower(gm, example_inputs, chosen)
+        return lower(gm, example_inputs, chosen, rewritten=False)
     _log.info("graph %s: compiling, %d head(s) rewritten", name, len(analysis.heads))
     compiled = CompiledGraph(analysis, example_inputs, chosen)
     compiled.compile_first(example_inputs)

@@ -1,8 +1,9 @@
 """Hand a rewritten graph to what compiles the rest of it.
 
 Uses private APIs: `torch._inductor.compile_fx`, `torch._inductor.list_mode_options`,
-`torch._inductor.cpu_vec_isa` and `torch.compiler.config.cache_key_tag` (tried on torch 2.11 and
-2.13; `cpu_vec_isa` on 2.13, and there in 2.11 to 2.15).
+`torch._inductor.cpu_vec_isa`, `torch._functorch.config` and `torch.compiler.config.cache_key_tag`
+(tried on torch 2.11 and 2.13; `cpu_vec_isa` on 2.13, and there in 2.11 to 2.15; `_functorch.config`
+on 2.11, 2.13 and 2.15).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextvars
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from importlib import resources
 from typing import Any
 
@@ -106,12 +108,15 @@ def _quietly(task: Callable[..., None], *args: Any) -> None:
         task(*args)
 
 
-def lower(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+def lower(
+    module: fx.GraphModule, inputs: Sequence[Any], options: Options, *, rewritten: bool
+) -> Callable[..., Any]:
     """Compile a graph inside Dynamo's compilation, where its symbolic sizes are known.
 
     Args:
         module: the graph.
         inputs: one example for each of its inputs.
+        rewritten: whether a head was replaced in it. Other graphs are compiled as Inductor does.
     """
     if options.lower == "eager":
         return module
@@ -130,7 +135,8 @@ def lower(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Ca
         with settings.patch(cache_key_tag=tag):
             return compile_fx.compile_fx_inner(graph, *args, **kwargs)
 
-    with settings.patch(cache_key_tag=tag):
+    sparing = few_activations() if rewritten else contextlib.nullcontext()
+    with settings.patch(cache_key_tag=tag), sparing:
         compiled: Any = compile_fx.compile_fx(
             module,
             list(inputs),
@@ -139,6 +145,25 @@ def lower(module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Ca
         )
     call: Callable[..., Any] = compiled
     return call
+
+
+def few_activations() -> AbstractContextManager[Any]:
+    """Around a compilation: keep no activation for the backward that element-wise operations make
+    again from others that are kept.
+
+    AOTAutograd keeps such a one by default where the backward hands it to a product, which saves
+    writing it a second time: the outputs of activation functions and of norms, a third of what a
+    transformer keeps. Whoever has set `ban_recompute_materialized_backward`, to whatever value, in
+    `torch._functorch.config` is not overruled.
+    """
+    from torch._functorch import config
+
+    settings: Any = config
+    name = "ban_recompute_materialized_backward"
+    if not hasattr(settings, name) or not settings._is_default(name):
+        return contextlib.nullcontext()
+    patched: AbstractContextManager[Any] = settings.patch({name: False})
+    return patched
 
 
 def scale_in_place(backward: fx.GraphModule) -> None:
@@ -191,7 +216,7 @@ def lower_later(module: fx.GraphModule, options: Options, dynamic: bool) -> Call
         return module
 
     def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return lower(graph, inputs, options)
+        return lower(graph, inputs, options, rewritten=True)
 
     compiled: Callable[..., Any] = torch.compile(
         module, backend=backend, fullgraph=True, dynamic=True if dynamic else None

@@ -95,7 +95,7 @@ class CompiledGraph:
     def compile_first(self, inputs: Sequence[Any]) -> None:
         """Compile the variant these inputs call for; others follow when a call needs them."""
         with_extras = self._arguments(self.first, inputs)
-        compiled = lower(self.first.module, with_extras, self.options)
+        compiled = lower(self.first.module, with_extras, self.options, rewritten=True)
         self._variants[self._first_kinds] = (self.first, compiled)
 
     def treatments(self, inputs: Sequence[Any]) -> list[Treatment]:

@@ -104,7 +104,8 @@ _DTYPES = ("state_dtype", "compensation_dtype")
 def _named(group: dict[str, Any]) -> dict[str, str]:
     """A group's dtypes by name: torch.distributed.checkpoint gathers no others."""
     found = {key: group.get(key) for key in _DTYPES}
-    return {k: str(v).removeprefix("torch.") for k, v in found.items() if isinstance(v, torch.dtype)}
+    dtypes = {key: value for key, value in found.items() if isinstance(value, torch.dtype)}
+    return {key: str(value).removeprefix("torch.") for key, value in dtypes.items()}
 
 
 def _dtypes(group: dict[str, Any]) -> dict[str, torch.dtype]:
