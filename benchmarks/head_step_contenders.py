@@ -65,6 +65,10 @@ def planned_chunk(case: Case) -> int:
     return found.chunk_size
 
 
+LOOP_LOGITS = 1792 * 2048
+"""Logits at once at which the hand-written loop is best; larger chunks leave its caches."""
+
+
 class Inputs:
     """Tensors of a case, shared by its contenders."""
 
@@ -226,7 +230,7 @@ def torch_loss(inputs: Inputs) -> Callable[[Tensor, Tensor], Tensor]:
 def hand_loop(inputs: Inputs) -> Step:
     """The chunk loop a careful user writes: fused SGD, rounding to nearest, eager element-wise."""
     x, w, case = inputs.x, inputs.w, inputs.case
-    size = case.chunk
+    size = min(case.chunk, LOOP_LOGITS // case.rows)
     starts = range(0, case.outputs, size)
     rows = torch.arange(case.rows).unsqueeze(1).expand(-1, case.positives)
 
