@@ -72,6 +72,12 @@ READS = SHARES | _methods(
 """Python's ways around the dispatcher: they are given an ordinary tensor."""
 
 
+CALLS_PYTHON = _methods("apply_", "map_", "map2_")
+"""Write what a Python function makes of each value, around the dispatcher."""
+
+DETACHES = _methods("detach")
+"""Of a loss whose value is known: an ordinary tensor, as `torch.tensor([loss, ...])` needs it."""
+
 WATCHES = _methods("register_hook", "retain_grad")
 """Ask for the gradient of the logits: from then on losses are taken of the values, and a loss that
 was taken before is an error."""
@@ -89,6 +95,14 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 if isinstance(value, Deferred):
                     value._state.overwrite()
         return found
+    if func in CALLS_PYTHON and isinstance(args[0], Deferred) and not args[0].requires_grad:
+        state = args[0]._state
+        plain = pytree.tree_map_only(Deferred, Deferred.materialize, (args[1:], kwargs))
+        func(state.real(), *plain[0], **plain[1])
+        state.overwrite()
+        return args[0]
+    if func in DETACHES and args[0].ndim == 0 and args[0]._state.settled:
+        return args[0]._state.real().detach()
     if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
         return args[0].take_data()
     if func is torch.autograd.grad:

@@ -39,6 +39,10 @@ class Loss(State):
     def available(self) -> bool:
         return True
 
+    @property
+    def settled(self) -> bool:
+        return self._opened.filled or super().settled
+
     def remake(self, steps: Sequence[Step]) -> Tensor:
         made = self._filled()
         for step in steps:

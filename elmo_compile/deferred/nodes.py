@@ -145,8 +145,8 @@ def derive(logits: Deferred, step: Step) -> Tensor | None:
             made = step(state.fake, [fake(tensor) for tensor in step.tensors])
     except Exception:  # Whatever it is, the operation itself raises it better.
         return None
-    if not isinstance(made, Tensor):
-        return None
+    if not isinstance(made, Tensor) or made.ndim == 0 < state.fake.ndim:
+        return None  # One number: nothing that streams is made of it.
     if made is logits._state.fake:
         return logits  # As torch does: a cast to the dtype it has is the tensor itself.
     state = Derived(logits, logits._state, step.frozen(), made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -203,5 +204,28 @@ def fake(value: Any) -> Any:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
-FAKES = FakeTensorMode()
-"""Tried on torch 2.11 and 2.13."""
+class _Fakes:
+    """One mode of fake tensors for all threads, which enter it one at a time: data are prepared in
+    threads of their own, and what a tensor made there is like is asked in others. (Tried on torch
+    2.11 and 2.13.)"""
+
+    def __init__(self) -> None:
+        self._mode: Any = FakeTensorMode()
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            self._mode.__enter__()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self._mode.__exit__(*error)
+        finally:
+            self._lock.release()
+
+
+FAKES = _Fakes()

@@ -26,6 +26,9 @@ class State:
     Held by the tensor and by those made from it; told before a weight among its inputs changes.
     """
 
+    made_easily = False
+    """Whether the values are made again rather than kept where another's are made from them."""
+
     def __init__(self, fake: Tensor) -> None:
         self.fake = fake
         """Shape, strides and dtype."""
@@ -71,6 +74,11 @@ class State:
     @property
     def available(self) -> bool:
         """Whether the values are there or need no weight any more."""
+        return self._values is not None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the values need no computation."""
         return self._values is not None
 
     def real(self, why: str | Callable[[], str] = "") -> Tensor:
@@ -243,9 +251,10 @@ class Derived(State):
 
     def before(self) -> Tensor:
         """What the step is applied to: of a copy, as it was then."""
-        if not self.is_view and self.source_changed:
+        if not self.is_view:
             root, steps = self.parent.recipe()
-            return root.remake(steps)
+            if self.source_changed or (root.made_easily and self.parent.values is None):
+                return root.remake(steps)
         return self.parent.real()
 
     @property

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from elmo_compile.deferred.origin import FAKES, fake
-from elmo_compile.deferred.state import State
+from elmo_compile.deferred.state import Derived, State
 from elmo_compile.deferred.step import Argument, Step
 from elmo_compile.deferred.tensor import Deferred, keep_from_dynamo
 from elmo_compile.ops.multi_hot import check_labels, check_multi_hot
@@ -56,10 +58,11 @@ def multi_hot(indices: Tensor, num_classes: int, *, offsets: Tensor | None = Non
 def _eager(*tensors: Tensor | None) -> bool:
     """Whether these have values, and nothing is traced or transformed by torch.func (tried on
     torch 2.11, 2.13 and 2.15)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
+    traced = any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
     plain = all(tensor is None or type(tensor) is Tensor for tensor in tensors)
-    return plain and torch._C._functorch.peek_interpreter_stack() is None
+    return plain and not traced and torch._C._functorch.peek_interpreter_stack() is None
 
 
 class Targets(State):
@@ -72,6 +75,8 @@ class Targets(State):
             super().__init__(
                 self._steps[0](fake(indices), [fake(t) for t in self._steps[0].tensors])
             )
+
+    made_easily = True
 
     @property
     def available(self) -> bool:
@@ -95,8 +100,19 @@ class Targets(State):
 
 def made_by_program(argument: Any) -> Any:
     """Deferred targets as what a program makes of their indices; anything else as it is."""
-    if isinstance(argument, Deferred) and argument.untouched:
+    if not isinstance(argument, Deferred) or _differentiated(argument):
+        return argument
+    if argument.untouched:
         root, steps = argument._state.recipe()
         if isinstance(root, Targets):
             return root.argument(steps)
     return argument
+
+
+def _differentiated(targets: Deferred) -> bool:
+    """Whether someone may want the derivative with respect to these."""
+    if forward_ad._current_level >= 0 or targets.requires_grad:
+        return True
+    state = targets._state
+    source = state.source if isinstance(state, Derived) else None
+    return isinstance(source, Deferred) and _differentiated(source)

@@ -189,6 +189,9 @@ class Deferred(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         self._state.real(COMPILED)
+        with torch._C.DisableTorchFunctionSubclass():
+            if not self.requires_grad:  # views of them may come out of what is compiled
+                self._state.overwrite()
         return ["elmo_values"], None
 
     @staticmethod
@@ -228,8 +231,9 @@ class Deferred(Tensor):
         if torch.Tag.inplace_view in func.tags and func is not torch.ops.aten.detach_.default:
             name = func.overloadpacket.__name__
             raise RuntimeError(
-                f"elmo_compile: deferred logits cannot change their shape in place (`{name}`); "
-                f"call `{name.rstrip('_')}`, which returns the result, or .materialize() first"
+                "elmo_compile: deferred logits (and large elmo_compile.multi_hot) cannot change "
+                f"their shape in place (`{name}`); call .materialize() first, or what returns the "
+                "result"
             )
         why = functools.partial(read_by, func.overloadpacket.__name__)
         plain_args, plain_kwargs = pytree.tree_map_only(
@@ -249,7 +253,10 @@ class Deferred(Tensor):
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Deferred]:
     """The deferred tensors that an operation writes into, by its schema."""
-    found: list[Any] = []
+    if func.namespace == "c10d":  # collectives, whose schemas do not say
+        found = pytree.tree_leaves((args, kwargs))
+        return [value for value in found if isinstance(value, Deferred)]
+    found = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             found += pytree.tree_leaves(args[i] if i < len(args) else kwargs.get(argument.name))

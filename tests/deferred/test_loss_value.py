@@ -65,6 +65,19 @@ def test_read_after_backward_it_costs_nothing(options: dict[str, Any], passes: l
     assert (match.loss_value, match.products) == ("auto", 3)
 
 
+def test_a_list_of_detached_losses_is_a_tensor() -> None:
+    """`torch.tensor([loss, ...])` reads memory: a loss whose value is known has some."""
+    step, opt = owned(net("bce"), EAGER)
+    losses = []
+    for _ in range(2):
+        loss = step(*batch())
+        loss.backward()
+        opt.step()
+        losses.append(loss.detach())
+    assert torch.equal(torch.tensor(losses), torch.stack(losses))
+    assert losses[1] < losses[0]
+
+
 @LOWERINGS
 def test_read_before_it_computes_itself_once(options: dict[str, Any], passes: list[str]) -> None:
     model = net("bce")
@@ -230,13 +243,13 @@ def test_nothing_of_a_step_is_held_by_its_loss(options: dict[str, Any]) -> None:
     for read_before in (False, True, False):
         x, y = torch.randn(ROWS, FEATURES), torch.rand(ROWS, LABELS)
         loss = step(x, y)
+        losses.append(loss.detach())
         if read_before:
             loss.item()
         loss.backward()
         opt.step()
         opt.zero_grad()
         held += [weakref.ref(x), weakref.ref(y)]
-        losses.append(loss.detach())
     for state in (loss._state for loss in losses):
         assert state._opened.value is None
     del x, y, loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import elmo_compile as elmo
 from elmo_compile.deferred import Deferred
-from elmo_compile.testing.memory import allocated_peak
+from elmo_compile.testing.memory import PeakBytes, allocated_peak
 
 N, L = 64, 70_000
 EAGER = {"lower": "eager", "deferred_logits": True}
@@ -232,3 +235,88 @@ def test_a_whole_step_never_has_the_matrix(update_at: str) -> None:
     plain = nn.Linear(columns, outputs)
     eager = allocated_peak(step, plain, torch.optim.SGD(plain.parameters(), lr=0.1))
     assert eager > 2 * matrix_bytes
+
+
+def test_gradients_of_targets_are_not_lost() -> None:
+    """Soft labels that are trained: their loss takes the matrix."""
+    padded, x = labels(), torch.randn(N, 4)
+    y, same = nn.Parameter(elmo.multi_hot(padded, L)), nn.Parameter(matrix(padded))
+    model: Any = Net()
+    run = torch.compile(model, backend="elmo", options=EAGER)
+    for z, target in ((run(x), y), (model(x), same)):
+        F.binary_cross_entropy_with_logits(z, target * 0.9).backward()
+    assert y.grad is not None
+    torch.testing.assert_close(y.grad, same.grad)
+
+
+def test_a_view_from_a_compiled_function_is_a_view() -> None:
+    padded = labels()
+    y, same = elmo.multi_hot(padded, L), matrix(padded)
+    view = torch.compile(lambda y: y.view(-1), backend="aot_eager")
+    for target in (y, same):
+        view(target).fill_(0.5)
+    z = torch.compile(Net(), backend="elmo", options=EAGER)(torch.randn(N, 4))
+    expected = F.mse_loss(z.materialize(), same)
+    torch.testing.assert_close(F.mse_loss(z, y) + 0, expected + 0)
+
+
+def test_python_functions_of_each_value() -> None:
+    y, same = elmo.multi_hot(labels(), L)[:1], torch.zeros(1, L)
+    assert y.apply_(lambda v: 0.0) is y
+    assert torch.equal(y, same)
+    y.map_(torch.ones(1, L), lambda mine, other: mine + other)
+    assert torch.equal(y, same + 1)
+
+
+def test_one_value_is_an_ordinary_number() -> None:
+    padded = labels()
+    y = elmo.multi_hot(padded, L)
+    row = int((padded[:, 0] >= 0).nonzero()[0])
+    assert torch.tensor([y[row, padded[row, 0]], y[1, 5]]).tolist() == [1.0, 0.0]
+
+
+def test_threads_make_targets() -> None:
+    failed: list[BaseException] = []
+
+    def prepare(seed: int) -> None:
+        try:
+            for _ in range(30):
+                y = elmo.multi_hot(torch.randint(-1, L, (N, 5)), L) * 2
+                assert y[:2].shape == (2, L)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=prepare, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+def test_tracing_sees_the_operation() -> None:
+    padded, others = labels(), labels()
+    traced = make_fx(lambda ids: elmo.multi_hot(ids, L) * 2)(padded)
+    assert torch.equal(traced(others), 2 * matrix(others))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert elmo.multi_hot(padded, L).shape == (N, L)
+
+
+def test_a_chain_keeps_one_matrix() -> None:
+    """Each step's result would be one more: 17 MiB."""
+    padded = labels()
+
+    def chain() -> Tensor:
+        y = elmo.multi_hot(padded, L)
+        for number in (0.9, 0.8, 0.7, 0.6):
+            y = y * number + 0.1
+        y.sum()
+        return y
+
+    kept: list[Tensor] = []
+    before = allocated_peak(lambda: kept.append(torch.zeros(N, L)))
+    assert allocated_peak(lambda: kept.append(chain())) < 4 * before
+    mode = PeakBytes()
+    with mode:
+        kept.append(chain())
+    assert mode.live < 2.5 * before

@@ -29,7 +29,7 @@ def test_what_would_let_processes_differ_is_refused(how: str, tmp_path: Path) ->
     run(tmp_path, 2, "ce", "float32", "outside", how, script=SCRIPT)
 
 
-@pytest.mark.parametrize("cases", ["dense+unlike", "unused+scaled+refused+join"])
+@pytest.mark.parametrize("cases", ["dense+unlike", "unused+scaled+refused+join", "summed"])
 def test_processes_that_do_not_do_the_same(cases: str, tmp_path: Path) -> None:
     """What each is about is said in uneven_ranks.py."""
     run(tmp_path, 2, cases, script=SCRIPT.with_name("uneven_ranks.py"))

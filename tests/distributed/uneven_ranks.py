@@ -136,7 +136,25 @@ def join(rank: int) -> None:
     del opt  # whose head it is
 
 
-CASES = {one.__name__: one for one in (dense, unlike, unused, scaled, refused, join)}
+def summed(rank: int) -> None:
+    """A collective writes into deferred logits and targets: later losses are of what it wrote."""
+    encode: Any = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 70_000))
+    for parameter in encode.parameters():
+        torch.distributed.broadcast(parameter.data, 0)
+    options = {**EAGER, "deferred_logits": True}
+    inputs, ids = torch.randn(64, 5), torch.randint(0, 70_000, (64, 3))
+    with torch.no_grad():
+        z, y = torch.compile(encode, backend="elmo", options=options)(inputs), encode(inputs)
+        targets = elmo.multi_hot(ids, 70_000)
+        same = torch.ops.elmo.multi_hot(ids, 70_000, None)
+        for each in (z, y, targets, same):
+            torch.distributed.all_reduce(each)
+        apart = torch.compile(encode, backend="elmo", options=options)(inputs)
+        torch.testing.assert_close(F.cross_entropy(z, ids[:, 0]), F.cross_entropy(y, ids[:, 0]))
+        torch.testing.assert_close(F.mse_loss(apart, targets), F.mse_loss(encode(inputs), same))
+
+
+CASES = {one.__name__: one for one in (dense, unlike, unused, scaled, refused, join, summed)}
 
 
 def main(rank: int, world: int, folder: str, case: str) -> None:
