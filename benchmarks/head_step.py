@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from head_step_contenders import DTYPES, Case, Inputs, contenders
 
+from elmo_compile.host_memory import forget_scratch
+
 SLOW_SECONDS = 40.0
 """A contender whose step takes longer is timed once, not in every round."""
 
@@ -102,6 +104,7 @@ def run_one(spec: str) -> None:
     step = contenders(Inputs(Case(**fields)))[name]()
     step()
     gc.collect()
+    forget_scratch()
     ctypes.CDLL(None).malloc_trim(0)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now

@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
+from elmo_compile.host_memory import forget_scratch
+
 
 def allocated_now() -> int:
     """Bytes of the memory that Python's tensors on the CPU hold."""
     gc.collect()
+    forget_scratch()
     storages = {}
     for found in gc.get_objects():
         # Fake tensors and other wrappers have a size but no memory.
@@ -26,6 +29,7 @@ def allocated_now() -> int:
 def resident_peak(step: Callable[[], Any]) -> int:
     """Bytes resident at the peak of a step, Python and its libraries included."""
     gc.collect()
+    forget_scratch()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     step()

@@ -1,4 +1,4 @@
-"""Large tensors in host memory that are made anew at every step.
+"""Large tensors in host memory: those that are made anew at every step, and scratch that is not.
 
 What such a step costs beside its arithmetic is first touches: 262 144 page faults for a gigabyte in
 pages of 4 KiB, 0.4 of a step's three products (benchmarks/NOTES.md). Linux has larger pages for who
@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -48,3 +50,51 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     function.restype = ctypes.c_int
     call: Callable[[int, int, int], int] = function
     return call
+
+
+SCRATCH = 64 << 20
+"""Bytes of scratch that are kept for the next call."""
+
+_free: list[Tensor] = []
+"""Scratch that nobody uses, flat, what was used last at the end."""
+_lock = threading.RLock()
+
+
+def scratch(
+    owner: object, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """`torch.empty` for what a call computes in; where large, taken over from an earlier call.
+
+    glibc's allocator (before 2.38) does not reuse the place of an aligned block of up to 32 MiB
+    once anything small lies in it: a process grew by such a block at every step.
+
+    Args:
+        owner: who uses the tensor; when it dies, the memory is another call's. Nothing that
+            outlives it may share the tensor's memory.
+    """
+    size = dtype.itemsize
+    for extent in shape:
+        size *= extent
+    if torch.device(device).type != "cpu" or size < LARGE:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    flat = _taken(size)
+    weakref.finalize(owner, _free.append, flat).atexit = False
+    return flat.view(dtype).view(tuple(shape))
+
+
+def _taken(size: int) -> Tensor:
+    """Flat scratch that nobody uses. What owners give back in the meantime is put behind."""
+    with _lock:
+        for index in range(len(_free)):
+            if len(_free[index]) == size:
+                return _free.pop(index)
+        while _free and size + sum(map(len, _free)) > SCRATCH:
+            del _free[0]
+    with torch.inference_mode(False):
+        return empty((size,), torch.uint8)
+
+
+def forget_scratch() -> None:
+    """Give back to the system what is kept for calls to come."""
+    with _lock:
+        _free.clear()

@@ -13,8 +13,7 @@ import contextlib
 import contextvars
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from typing import Any
 
@@ -147,7 +146,8 @@ def lower(
     return call
 
 
-def few_activations() -> AbstractContextManager[Any]:
+@contextlib.contextmanager
+def few_activations() -> Iterator[None]:
     """Around a compilation: keep no activation for the backward that element-wise operations make
     again from others that are kept.
 
@@ -161,9 +161,14 @@ def few_activations() -> AbstractContextManager[Any]:
     settings: Any = config
     name = "ban_recompute_materialized_backward"
     if not hasattr(settings, name) or not settings._is_default(name):
-        return contextlib.nullcontext()
-    patched: AbstractContextManager[Any] = settings.patch({name: False})
-    return patched
+        yield
+        return
+    # `config.patch` would leave behind that someone has set it.
+    revert = settings._make_closure_patcher(**{name: False})()
+    try:
+        yield
+    finally:
+        revert()
 
 
 def scale_in_place(backward: fx.GraphModule) -> None:

@@ -8,14 +8,17 @@ in neither.
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from elmo_compile.host_memory import forget_scratch
 
 
 class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -28,6 +31,11 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = 0
         """The largest `live` has been."""
         self._seen: set[int] = set()
+
+    def __enter__(self) -> PeakBytes:
+        forget_scratch()  # what a call would take over from an earlier one counts
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __torch_dispatch__(
         self,
@@ -91,22 +99,12 @@ def allocated_peak(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
         fn: any function; what it returns counts while it runs.
 
     Returns:
-        Bytes. What `fn` frees that was there before does not make room.
+        Bytes.
     """
+    forget_scratch()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         fn(*args, **kwargs)
-    results: Any = run.profiler.kineto_results
-    sizes = (
-        event.extra_fields.total_allocated
-        for event in _events(results.experimental_event_tree())
-        if event.tag.name == "Allocation"
-    )
-    return max(sizes, default=0)
-
-
-def _events(roots: list[Any]) -> Iterator[Any]:
-    waiting = list(roots)
-    while waiting:
-        event = waiting.pop()
-        yield event
-        waiting += event.children
+    profiler: Any = run.profiler
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(sizes), default=0)

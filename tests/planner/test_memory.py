@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from fractions import Fraction
 
 import pytest
 import sympy
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from elmo_compile.kernels import aten
 from elmo_compile.kernels.aten import compiled
@@ -21,6 +19,7 @@ from elmo_compile.planner import HeadShape, Plan, default_compute_dtype, plan
 from elmo_compile.planner import memory as memory_module
 from elmo_compile.planner.memory import HeadMemory, head_memory
 from elmo_compile.planner.shape import ProgramSize
+from elmo_compile.testing.memory import allocated_peak
 
 FP8 = torch.float8_e4m3fn
 N, D, L, C, M = sympy.symbols("N D L C M")
@@ -205,15 +204,6 @@ def test_the_kernels_compile_from_the_same_size_on():
     assert memory_module.EAGER_WEIGHT_BELOW == compiled.SMALL_WEIGHT
 
 
-def allocated(step) -> int:
-    """Peak bytes that torch's CPU allocator hands out while `step` runs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return max(itertools.accumulate(sizes))
-
-
 def problem_of(shape: HeadShape, chunk: int) -> HeadProblem:
     """A call of the planned head, with random numbers."""
     rows, outputs, features = shape.rows, shape.outputs, shape.features
@@ -254,7 +244,7 @@ def taken(shape: HeadShape, memory: HeadMemory, problem: HeadProblem, row_block:
     step = step_of(shape, problem, row_block)
     step()
     gradient = sum(t.bytes for t in memory.after if t.name == "weight gradient")
-    return allocated(step) - gradient
+    return allocated_peak(step) - gradient
 
 
 @pytest.mark.parametrize("fused", [True, False, "deferred"])

@@ -55,12 +55,13 @@ def operand_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
 def new_held(p: HeadProblem) -> Tensor:
     """Room for all logits of a call, which `forward` fills and its backward uses up."""
     operand = operand_dtype(p.compute_dtype, p.w_LD.device)
-    return _padded(p.w_LD.shape[0], operand_rows(p), operand)
+    rows = operand_rows(p)
+    return host_memory.empty((p.w_LD.shape[0], _padded(rows, operand)), operand)[:, :rows]
 
 
-def _padded(outputs: int, rows: int, dtype: torch.dtype) -> Tensor:
-    pad = _PAD if rows and rows * dtype.itemsize % _PAGE == 0 else 0
-    return host_memory.empty((outputs, rows + pad), dtype)[:, :rows]
+def _padded(rows: int, dtype: torch.dtype) -> int:
+    """Rows of the operand that logits [C, rows] have room for."""
+    return rows + (_PAD if rows and rows * dtype.itemsize % _PAGE == 0 else 0)
 
 
 class Operands:
@@ -94,13 +95,15 @@ class Operands:
     @functools.cached_property
     def _logits(self) -> Tensor:
         """A chunk's logits, [C, rows of the operand]."""
-        return _padded(self.chunk, self.x_ND.shape[0], self.operand)
+        rows = self.x_ND.shape[0]
+        shape = (self.chunk, _padded(rows, self.operand))
+        return host_memory.scratch(self, shape, self.operand, self.x_ND.device)[:, :rows]
 
     @functools.cached_property
     def _row_logits(self) -> Tensor:
         """A chunk's logits row by row, flat."""
         size = self.num_rows * self.chunk
-        return torch.empty(size, dtype=self.operand, device=self.x_ND.device)
+        return host_memory.scratch(self, (size,), self.operand, self.x_ND.device)
 
     def row_logits(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Weight operand [C, D] and logits [N, C] without bias of a chunk."""
@@ -214,9 +217,8 @@ class WeightGradient:
         self._direct = dtype == head.operand and head.weight.layout != "quads"
         self._part: Tensor | None = None
         if not self._direct:
-            self._part = torch.empty(
-                head.chunk, w_LD.shape[1], dtype=head.operand, device=w_LD.device
-            )
+            shape = (head.chunk, w_LD.shape[1])
+            self._part = host_memory.scratch(self, shape, head.operand, w_LD.device)
 
     def put(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from elmo_compile import host_memory
 from elmo_compile.kernels.aten import decode, pieces
 from elmo_compile.kernels.aten.chunk_update import ChunkUpdate, choose_layout, restore_columns
 from elmo_compile.kernels.aten.compiled import SMALL_WEIGHT, piece
@@ -32,7 +33,8 @@ class StoredWeight:
         self.layout = choose_layout(self.w_LD, operand, update)
         self._decoded: Tensor | None = None
         if w_LD.dtype != operand:
-            self._decoded = torch.empty(chunk, w_LD.shape[1], dtype=operand, device=w_LD.device)
+            shape = (chunk, w_LD.shape[1])
+            self._decoded = host_memory.scratch(self, shape, operand, w_LD.device)
         self._gradient: Tensor | None = None
         self._chunk_update: ChunkUpdate | None = None
         if update is not None:
@@ -78,9 +80,8 @@ class StoredWeight:
             torch.addmm(stored, g_CN, xs_ND, beta=keep, alpha=-rates.lr * scale, out=stored)
             return
         if self._gradient is None:
-            self._gradient = torch.empty(
-                self.chunk, stored.shape[1], dtype=self.operand, device=stored.device
-            )
+            shape = (self.chunk, stored.shape[1])
+            self._gradient = host_memory.scratch(self, shape, self.operand, stored.device)
         dw = torch.mm(g_CN, xs_ND, out=self._gradient[: stop - start])
         decoded = None
         if self.layout == "quads" and self._decoded is not None:
