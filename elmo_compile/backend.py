@@ -276,8 +276,9 @@ def _deferred(
         made=made,
         graph_break=graph_break,
         notes=(
-            "a loss of the deferred logits is compiled, and reported, when it is called; bytes and "
-            "chunk are those of the argmax and largest logits of each row",
+            "a loss of the deferred logits is compiled when it is called, and says in a report of "
+            "its own (elmo_compile.reports()) how the weight is updated; bytes and chunk here are "
+            "those of the argmax and largest logits of each row",
         ),
     )
 

@@ -32,7 +32,7 @@ from elmo_compile.ops.kept import Tops, collecting
 from elmo_compile.ops.linear import carry
 from elmo_compile.ops.owners import Owner, live_owners, owner_of
 from elmo_compile.ops.shards import telling
-from elmo_compile.ops.unfused import note
+from elmo_compile.ops.unfused import is_read_elsewhere, note
 from elmo_compile.passes.defer import same_logits
 from elmo_compile.passes.find import is_matrix, weight_inputs
 from elmo_compile.passes.graphs import hint, parameter_name, tensor_of
@@ -307,6 +307,8 @@ def _owner(head: PlannedHead, weight: Tensor, inputs: Sequence[Any]) -> tuple[Ow
     for reason, applies in _CALL_REASONS:
         if applies(weight):
             return None, reason
+    if is_read_elsewhere(weight) and not owner.policy().at_step:
+        return None, "the graph that made the logits also reads the weight (tied or shared)"
     if not head.shard:  # else its processes make one update of its gradients' mean
         reason = _data_parallel(weight, at_step=owner.policy().at_step)
         if reason:

@@ -119,7 +119,15 @@ def defer_outputs(
             if not node.users:
                 module.graph.erase_node(node)
     module.recompile()
-    return deferred
+    return tuple(_with_readers(made, module.graph) for made in deferred)
+
+
+def _with_readers(made: DeferredOutput, graph: fx.Graph) -> DeferredOutput:
+    """With what both the recipe and the rest of the graph read."""
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    inputs = {position for kind, position in made.sources if kind == "input"}
+    read = (p for p in inputs if any(user.op != "output" for user in placeholders[p].users))
+    return dataclasses.replace(made, read_again=frozenset(read))
 
 
 def _slice(region: Region, node: fx.Node) -> _Slice | None:

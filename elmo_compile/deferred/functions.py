@@ -24,6 +24,7 @@ from elmo_compile.deferred.tensor import Deferred
 from elmo_compile.ops.data_parallel import inside
 from elmo_compile.ops.kept import KEPT, Tops, collecting
 from elmo_compile.ops.owners import owner_of
+from elmo_compile.ops.unfused import read_elsewhere
 
 
 def _methods(*names: str) -> set[Any]:
@@ -146,7 +147,12 @@ def _fused(logits: Deferred, root: Root) -> bool:
     """Whether a backward through these logits would update a weight."""
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return False
-    return any(isinstance(v, torch.nn.Parameter) and owner_of(v) is not None for v in root.inputs)
+    tied = {id(weight) for weight in root.read_elsewhere}
+    for value in root.inputs:
+        owner = owner_of(value) if isinstance(value, torch.nn.Parameter) else None
+        if owner is not None and (id(value) not in tied or owner.policy().at_step):
+            return True
+    return False
 
 
 def _logits_first(
@@ -284,7 +290,11 @@ def _streamed(logits: Deferred, step: Step) -> Any:
     grad = torch.is_grad_enabled() and logits.requires_grad
     with torch.set_grad_enabled(grad or any(tensor.requires_grad for tensor in tensors)):
         inputs = root.inputs if grad else [_detached(value) for value in root.inputs]
-        with _collecting(root, state, step) as tops, inside(root.data_parallel):
+        with (
+            _collecting(root, state, step) as tops,
+            inside(root.data_parallel),
+            read_elsewhere(root.read_elsewhere),
+        ):
             result = root.origin.program(steps)(*inputs, *tensors)
     passes = [found for at_weight in tops.values() for found in at_weight]
     if len(passes) == 1:

@@ -38,6 +38,7 @@ def read_by(operation: str) -> str:
         file, line = frame.f_code.co_filename, frame.f_lineno
         where = f" at {file}:{line}: {linecache.getline(file, line).strip()}"
     return (
-        f"`{operation}` read them{where} (remedy: do not, or only a loss, argmax, topk, gather or "
-        "logsumexp of them)"
+        f"`{operation}` read them{where} (remedy: only a loss of torch.nn.functional, argmax or "
+        "topk of them, where no update is fused also gather or logsumexp; or move what reads them "
+        "into the compiled function)"
     )

@@ -146,6 +146,19 @@ class Root(State):
             if isinstance(value, torch.nn.Parameter):
                 watch(value, self)
 
+    @property
+    def read_elsewhere(self) -> list[Tensor]:
+        """Weights among the inputs that the graph of the forward also read for something else: an
+        embedding tied to the head."""
+        output = self.origin.output
+        sources = [source for source in output.sources if source[0] != "carrier"]
+        return [
+            value
+            for (kind, position), value in zip(sources, self.inputs)
+            if kind == "input" and position in output.read_again
+            if isinstance(value, torch.nn.Parameter)
+        ]
+
     def _held(self, value: Any) -> Any:
         """An input as it is now: a copy of features whose writes torch does not count."""
         if not isinstance(value, Tensor) or not value.is_inference():

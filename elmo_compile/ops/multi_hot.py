@@ -57,6 +57,9 @@ def check_labels(indices: Tensor, num_classes: int, offsets: Tensor | None) -> N
 
 def check_multi_hot(indices: Tensor, num_classes: int, offsets: Tensor | None) -> None:
     """Raise InputError unless `elmo::multi_hot` takes such arguments. No values are read."""
+    for name, given in (("indices", indices), ("offsets", offsets)):
+        if given is not None and not isinstance(given, Tensor):
+            raise InputError(f"multi_hot: {name} must be a tensor, got {type(given).__name__}")
     if indices.dtype not in (torch.int64, torch.int32):
         raise InputError(f"multi_hot: indices must be int64, got {indices.dtype}")
     if indices.ndim != (2 if offsets is None else 1):

@@ -105,6 +105,8 @@ class Match:
     @property
     def update(self) -> str:
         """How the weight changes: "by gradient" (no fused update), or when and where."""
+        if self.deferred and self.loss == "linear":
+            return "with its loss"  # which has a report of its own
         if not self.fused_update:
             return "by gradient"
         return "in opt.step()" if self.at_step else "in backward"

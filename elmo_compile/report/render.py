@@ -129,6 +129,8 @@ def _summary(number: int, match: Match, plan: Plan) -> str:
         f"{human_bytes(plan.logits_bytes)} of logits",
         f"  loss value: {match.loss_value}{deferred}",
     ]
+    if memory.bytes_after > memory.bytes_before:
+        lines[1] += ", which is more: min_outputs= leaves heads as small as this alone"
     if match.made:
         times = _plural(sum(match.made.values()), "time")
         reasons = [f"    {_plural(n, 'time')}: {why}" for why, n in match.made.items()]

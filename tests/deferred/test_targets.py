@@ -214,6 +214,11 @@ def test_wrong_ids_raise_at_once() -> None:
         elmo.multi_hot(padded, L)
 
 
+def test_a_list_is_no_tensor() -> None:
+    with pytest.raises(elmo.InputError, match="indices must be a tensor, got list"):
+        elmo.multi_hot([[1, 2]], L)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("update_at", ["backward", "step"])
 def test_a_whole_step_never_has_the_matrix(update_at: str) -> None:
     """Logits and targets would be 92 MiB each; eager holds both, and gradients of the first."""
