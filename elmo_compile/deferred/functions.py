@@ -47,6 +47,9 @@ SCALES = _methods(
 )  # fmt: skip
 """Take a number that is a tensor to the program: an annealed temperature is one program."""
 
+AUTOCAST = _methods("softmax", "log_softmax") | {F.softmax, F.log_softmax}
+"""Of these, what autocast runs in another dtype (float32, on CUDA)."""
+
 LOSSES = {
     F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.binary_cross_entropy,
     F.multi_margin_loss, F.multilabel_soft_margin_loss, F.soft_margin_loss, F.hinge_embedding_loss,
@@ -284,6 +287,9 @@ def _streamed(logits: Deferred, step: Step) -> Any:
     root, (_, steps) = _root(state), state.recipe()
     if root.stale and state.available:
         return NotImplemented
+    device = state.fake.device.type
+    if any(s.func in AUTOCAST and not s.in_mode(device) for s in steps):
+        return NotImplemented  # The program runs in one mode, that of now.
     root.check()
     steps = [*steps, step]
     tensors = [tensor for s in steps for tensor in s.tensors]

@@ -44,7 +44,10 @@ class Argument:
 
 
 class Step:
-    """`func(logits, *args, **kwargs)`; tensors among the arguments are kept apart from the rest."""
+    """`func(logits, *args, **kwargs)`; tensors among the arguments are kept apart from the rest.
+
+    It runs in the autocast mode that it was taken in, whenever that is.
+    """
 
     def __init__(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]):
         leaves, self._spec = pytree.tree_flatten((tuple(args), kwargs))
@@ -52,6 +55,7 @@ class Step:
         self._leaves = [_GIVEN if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.tensors = [tensor for leaf in leaves for tensor in _tensors(leaf)]
         self.key = (func, self._spec, tuple(map(_hashable, self._leaves)))
+        self._modes = {device: _autocast(device) for device in _DEVICES}
 
     def frozen(self) -> Step:
         """The same with copies of its tensors, to be run later."""
@@ -72,7 +76,15 @@ class Step:
     def __call__(self, z: Any, tensors: Sequence[Any] | None = None) -> Any:
         """Run it; with other tensors in place of its own, if given."""
         args, kwargs = self.arguments(tensors)
-        return self.func(z, *args, **kwargs)
+        if not isinstance(z, Tensor) or self.in_mode(z.device.type):
+            return self.func(z, *args, **kwargs)
+        enabled, dtype = self._modes[z.device.type]
+        with torch.autocast(z.device.type, dtype=dtype, enabled=enabled):
+            return self.func(z, *args, **kwargs)
+
+    def in_mode(self, device: str) -> bool:
+        """Whether the autocast mode of this kind of device is now what it was then."""
+        return device not in self._modes or self._modes[device] == _autocast(device)
 
     def emit(self, graph: fx.Graph, z: fx.Node, tensors: Sequence[fx.Node]) -> fx.Node:
         """The same as a node."""
@@ -102,6 +114,15 @@ class Step:
                 leaves.append(leaf)
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         return args, kwargs
+
+
+_DEVICES = ("cpu", "cuda")
+
+
+def _autocast(device: str) -> tuple[bool, torch.dtype]:
+    """Whether autocast is on, and to which dtype (one for all where it is off)."""
+    enabled = torch.is_autocast_enabled(device)
+    return enabled, torch.get_autocast_dtype(device) if enabled else torch.bfloat16
 
 
 _GIVEN = object()

@@ -16,6 +16,7 @@ import elmo_compile as elmo
 from elmo_compile.deferred import Deferred
 from elmo_compile.deferred.origin import Recent
 from elmo_compile.deferred.state import State
+from elmo_compile.deferred.step import Step
 
 
 def test_unused_logits_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,3 +208,28 @@ def test_an_excluded_head_returns_ordinary_logits() -> None:
     model.zero_grad()
     F.cross_entropy(model(x), y).backward()
     torch.testing.assert_close(mine, model.head.weight.grad)
+
+
+def test_a_step_runs_in_the_autocast_mode_it_was_taken_in() -> None:
+    """On CUDA a softmax under autocast is float32, also where it is made later."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = Step(F.linear, (torch.ones(3, 4),), {})
+    plain = Step(F.linear, (torch.ones(3, 4),), {})
+    x = torch.ones(2, 4)
+    assert cast(x).dtype == torch.bfloat16
+    assert not cast.in_mode("cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cast.in_mode("cpu")
+        assert plain(x).dtype == torch.float32
+
+
+def test_a_softmax_of_another_mode_is_not_in_the_loss_s_program() -> None:
+    x, y = torch.randn(N, 8), torch.randint(0, L, (N,))
+    net = Net()
+    run = torch.compile(net, backend="elmo", options={**OPTIONS, "deferred_logits": True})
+    z = run(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = z.log_softmax(-1)
+    loss = F.nll_loss(inside, y)
+    assert z._state.values is not None
+    torch.testing.assert_close(loss + 0, F.cross_entropy(net(x), y))
