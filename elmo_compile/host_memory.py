@@ -75,7 +75,7 @@ def scratch(
     size = dtype.itemsize
     for extent in shape:
         size *= extent
-    if torch.device(device).type != "cpu" or size < LARGE:
+    if torch.device(device).type != "cpu" or not LARGE <= size <= SCRATCH:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     flat = _taken(size)
     weakref.finalize(owner, _free.append, flat).atexit = False
