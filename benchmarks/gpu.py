@@ -43,6 +43,7 @@ from gpu_common import (
     Step,
     fresh,
     kernel_step,
+    markdown,
     model_step,
     said,
     weight,
@@ -228,12 +229,7 @@ def tables(rows: Rows) -> str:
     lines: list[str] = []
     for part in dict.fromkeys(row["part"] for row in rows):
         mine = [row for row in rows if row["part"] == part]
-        names = [n for n in dict.fromkeys(n for row in mine for n in row) if n != "part"]
-        lines += ["", f"**{part}**", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        for row in mine:
-            cells = (row.get(name, "") for name in names)
-            shown = (f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells)
-            lines.append(f"| {' | '.join(shown)} |")
+        lines += ["", f"**{part}**", "", *markdown(mine, without="part")]
     return "\n".join(lines) + "\n"
 
 

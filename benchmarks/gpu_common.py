@@ -163,6 +163,17 @@ class Bench:
         return {name: times.device for name, times in found.items()}
 
 
+def markdown(rows: Rows, *, without: str = "") -> list[str]:
+    """Lines of a table, its columns as the rows have them but for one."""
+    names = [n for n in dict.fromkeys(n for row in rows for n in row) if n != without]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in rows:
+        cells = (row.get(name, "") for name in names)
+        shown = (f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells)
+        lines.append(f"| {' | '.join(shown)} |")
+    return lines
+
+
 def said(error: BaseException) -> str:
     """An error as a row's cell."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a bare
 
 import torch
 import torch.nn.functional as F
-from gpu_common import FP8, MIB, NAMES, Head, Step, weight
+from gpu_common import FP8, MIB, NAMES, Head, Step, markdown, weight
 from peak_memory import allocated_now, resident_peak
 from torch import Tensor, nn
 
@@ -211,17 +211,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    names = list(rows[0])
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for row in rows:
-        cells = (row.get(name, "") for name in names)
-        shown = (f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells)
-        lines.append(f"| {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Parse the command line, measure each mode in a process, write what was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -250,7 +239,7 @@ def main() -> None:
     if args.json:
         report = {"environment": environment(), "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text(table(rows))
+        args.json.with_suffix(".md").write_text("\n".join(markdown(rows)) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
+SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,15 @@ SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
     ],
 )
 def test_the_gpu_benchmark_runs_dry(parts, tmp_path):
-    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--dry", "--parts", *parts]
+    command = [
+        sys.executable,
+        str(SCRIPTS / "gpu.py"),
+        "--out",
+        str(tmp_path),
+        "--dry",
+        "--parts",
+        *parts,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -32,3 +40,17 @@ def test_the_gpu_benchmark_runs_dry(parts, tmp_path):
     assert {row.get("contender") for row in failed} <= missing, failed
     text = (tmp_path / "gpu.md").read_text()
     assert all(f"**{part}**" in text for part in parts)
+
+
+def test_a_whole_step_is_counted_on_a_cpu(tmp_path):
+    """What is allocated at the peak is more than what exists between steps, and resident."""
+    file = tmp_path / "whole.json"
+    command = [sys.executable, str(SCRIPTS / "whole_step.py"), "--tiny", "--only", "fp8 none"]
+    command += ["--sizes", "8", "16", "3000", "--json", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = json.loads(file.read_text())["rows"]
+    assert 0 < row["with optimizer state MiB"] / 1024 < row["peak GiB"] < row["resident GiB"]
+    assert row["head MiB"] < row["with optimizer state MiB"]
+    assert "| fp8 | none | 3000 |" in file.with_suffix(".md").read_text()

@@ -112,3 +112,43 @@ def test_label_smoothing_outside_streams() -> None:
         grads.append(head.weight.grad.clone())
     torch.testing.assert_close(*grads)
     assert not any(match.made for report in elmo.reports() for match in report.matches)
+
+
+def test_deferred_logits_leave_the_update_to_their_loss() -> None:
+    """By gradient or fused is said where it is decided, in the report of the loss."""
+    model = nn.Linear(8, L)
+    opt = elmo.optim.SGD(model.parameters(), lr=0.1)
+    x, y = batch()
+    z = torch.compile(model, backend="elmo", options={**OPTIONS, "deferred_logits": True})(x)
+    (match,) = elmo.last_report().matches
+    assert match.update == "with its loss"
+    F.cross_entropy(z, y).backward()
+    opt.step()
+    (match,) = elmo.last_report().matches
+    assert match.update == "in backward"
+
+
+@pytest.mark.parametrize("rows", [2, 512])
+def test_a_head_that_holds_more_than_before_is_told(rows: int) -> None:
+    """Few rows have few logits: a chunk's temporaries may be more."""
+    model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 20_000))
+    x, y = torch.randn(rows, 8), torch.randint(0, 20_000, (rows,))
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), y)
+
+    report = elmo.explain(loss, x, y)
+    (memory,) = report.memory
+    more = memory.bytes_after > memory.bytes_before
+    assert more == (rows == 2)
+    assert ("which is more: min_outputs=" in " ".join(str(report).split())) == more
+
+
+def test_dense_targets_are_told_of_multi_hot() -> None:
+    model = nn.Linear(8, L)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(model(x), y)
+
+    dense = elmo.explain(loss, torch.randn(N, 8), torch.rand(N, L), options=OPTIONS)
+    assert "the dense targets are as large as the logits" in " ".join(str(dense).split())
