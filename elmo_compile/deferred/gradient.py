@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -38,11 +40,11 @@ def gradient(
             "elmo_compile: second derivatives of a loss of deferred logits; call "
             "logits.materialize() and take the loss of that"
         )
-    with torch._C.DisableTorchFunctionSubclass():
+    given = _edges(_listed(outputs)), _edges([*asked, *losses.values()]), grad_outputs
+    with _as_plain(given):
         found = torch.autograd.grad(
-            _listed(outputs), [*asked, *losses.values()], grad_outputs, retain_graph, create_graph,
-            is_grads_batched=is_grads_batched, allow_unused=True,
-        )  # fmt: skip
+            *given, retain_graph, create_graph, is_grads_batched=is_grads_batched, allow_unused=True
+        )
     by_loss: dict[int, Tensor | None] = dict(zip(losses, found[len(asked) :]))
     totals = [
         _with_losses(value, direct, by_loss) if isinstance(value, Deferred) else direct
@@ -82,11 +84,10 @@ def backward(
         keep = True if others else retain_graph
         totals = gradient(tensors, logits, grad_tensors, keep, create_graph, allow_unused=True)
     if others or not logits:
-        with torch._C.DisableTorchFunctionSubclass():
-            torch.autograd.backward(
-                tensors, grad_tensors, retain_graph, create_graph,
-                inputs=None if inputs is None else others,
-            )  # fmt: skip
+        given = _edges(_listed(tensors)), grad_tensors, retain_graph, create_graph
+        into = None if inputs is None else others
+        with _as_plain((given, into)):
+            torch.autograd.backward(*given, inputs=into)
     for value, *parts in zip(logits, before, totals):
         value.keep_gradient(*parts)
 
@@ -96,6 +97,27 @@ def _listed(given: Any) -> list[Any]:
     if isinstance(given, Tensor | GradientEdge):
         return [given]
     return list(given.values() if isinstance(given, dict) else given)
+
+
+def _edges(values: list[Any]) -> list[Any]:
+    """Deferred values as where they are in autograd's graph, which torch takes as well."""
+    return [
+        GradientEdge(value.grad_fn, value.output_nr)
+        if isinstance(value, Deferred) and value.grad_fn is not None
+        else value
+        for value in values
+    ]
+
+
+def _as_plain(given: Any) -> contextlib.AbstractContextManager[None]:
+    """Around a call that would come back to `Deferred.__torch_function__` for an argument.
+
+    For these alone: backward formulas and hooks run in it, compilers among them, and those of torch
+    2.11 need `__torch_function__` of their own.
+    """
+    if any(isinstance(leaf, Deferred) for leaf in pytree.tree_leaves(given)):
+        return torch._C.DisableTorchFunctionSubclass()
+    return contextlib.nullcontext()
 
 
 def _with_losses(

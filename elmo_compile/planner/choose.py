@@ -26,6 +26,8 @@ ENOUGH_OPERATIONS = 1 << 35
 """Of one product of a chunk on a GPU: 50 us at 700 TFLOP/s, where the host takes 20 to start it."""
 ROOM = 64 << 20
 """Bytes of temporaries that such a chunk stays within, and within a quarter of the logits."""
+LONGEST_SUM = 4096
+"""Outputs that Inductor's code for a CPU adds up in one way; it makes other code for more."""
 ROW_BLOCK_BYTES = 64 << 20
 """Logits held at once, by default, where that saves a product."""
 FEWEST_ROWS = 128
@@ -107,7 +109,7 @@ def plan(
         return _plan(shape, chunk, holds_logits=True)
     budget = options.budget_bytes
     if budget is None:
-        return _plan(shape, chunk)
+        return _plan(shape, chunk if options.chunk_size else _of_one_kind(shape, chunk, limits))
     if options.chunk_size is not None:
         found = _plan(shape, chunk)
         note = (
@@ -120,7 +122,17 @@ def plan(
     smallest = min(SMALLEST_CHUNK, shape.number(shape.outputs))
     if fitting < smallest:
         return _refuse(shape, budget, smallest)
-    return _plan(shape, min(chunk, fitting))
+    return _plan(shape, _of_one_kind(shape, min(chunk, fitting), limits))
+
+
+def _of_one_kind(shape: HeadShape, chunk: int, limits: DeviceLimits) -> int:
+    """At most `chunk` outputs, such that the last chunk, which has fewer, needs no other code."""
+    if limits.kind != "cpu" or shape.program is None:
+        return chunk
+    outputs = shape.number(shape.outputs)
+    while chunk > LONGEST_SUM and 0 < outputs % chunk <= LONGEST_SUM:
+        chunk = max(LONGEST_SUM, _floor(chunk - 1, limits.multiple))
+    return chunk
 
 
 def _holds_logits(shape: HeadShape, options: Options, chunk: int) -> bool:

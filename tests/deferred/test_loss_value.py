@@ -277,3 +277,16 @@ def test_a_backward_for_logits_alone_updates_nothing() -> None:
     F.binary_cross_entropy_with_logits(model(x), y).backward(inputs=[model.bias])
     opt.step()
     assert torch.equal(model.weight, before.weight)
+
+
+@pytest.mark.parametrize("ask", [Tensor.backward, torch.autograd.backward])
+def test_formulas_and_hooks_of_a_backward_run_as_in_any_other(ask: Callable[[Any], None]) -> None:
+    """Not inside `__torch_function__` of the loss: what a compiler traces there has its own."""
+    step, _ = owned(net("bce"), EAGER)
+    ordinary, seen = torch._C._get_torch_function_state(), []
+    x, y = batch()
+    x.requires_grad_().register_hook(lambda _: seen.append(torch._C._get_torch_function_state()))
+    loss = step(x, y)
+    assert isinstance(loss, Deferred)
+    ask(loss)
+    assert seen == [ordinary]

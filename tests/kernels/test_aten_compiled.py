@@ -138,6 +138,29 @@ def test_a_value_read_twice_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert ir.Pointwise.make_loader is made
 
 
+def summed(z: Tensor, y: Tensor) -> Tensor:
+    return (z.float() * y.float()).sum(0)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_parts_of_wider_tensors_share_their_code() -> None:
+    """Chunks of dense targets, by rows or by columns, and views of what is held for the step: no
+    stride and no size of what they are a part of is taken for a size of theirs."""
+    sums = compiled.piece(summed, use_compiled=True)
+
+    def run(*sizes: int, wide: int) -> None:
+        wider = torch.rand(wide + 9, *sizes[1:])[2 : sizes[0] + 2], torch.rand(sizes[-1], wide)
+        z, y = wider[0], wider[1][:, 3 : sizes[0] + 3].t()
+        for parts in ((z, y), (z[: sizes[0] - 3], y[3:]), (z.t(), y.t())):
+            assert torch.allclose(sums(*parts), summed(*parts))
+
+    before = counters["stats"]["unique_graphs"]
+    run(12, 7, wide=40)
+    run(30, 5, wide=30 + 12)
+    run(17, 17, wide=34)
+    assert counters["stats"]["unique_graphs"] - before == len(compiled._cache)
+
+
 @pytest.mark.usefixtures("compile_all", "fresh")
 def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:

@@ -18,6 +18,7 @@ from elmo_compile.errors import OptionError
 from elmo_compile.numerics.losses import BCE, CE, LossSpec
 from elmo_compile.planner import HeadShape, Plan, PlanRefusal, choose, limits_for, plan
 from elmo_compile.planner.device import MIB, _kernel_size, cpu_cache_bytes
+from elmo_compile.planner.shape import ProgramSize
 
 FP8 = torch.float8_e4m3fn
 LIMITS = limits_for("cpu", 32 * MIB)
@@ -107,6 +108,15 @@ def test_a_loss_without_gradients_on_cuda_has_no_temporaries_of_a_chunk(loss, bu
     found = made(head, Options(memory_budget=budget))
     assert found.chunk_size > 4096
     assert found.temporary_bytes <= 64 * MIB
+
+
+@given(st.integers(1, 3_000_000), st.integers(1, 1024), st.sampled_from([None, "64MiB"]))
+def test_the_last_chunk_of_a_traced_loss_needs_no_code_of_its_own(outputs, rows, budget):
+    head = shape(rows=rows, outputs=outputs, program=ProgramSize(forward=1, backward=1, live=4))
+    chunk = made(head, Options(memory_budget=budget), LIMITS).chunk_size
+    last = (outputs - 1) % chunk + 1
+    assert (last > choose.LONGEST_SUM) == (chunk > choose.LONGEST_SUM)
+    assert chunk >= min(1024, outputs)
 
 
 @pytest.mark.parametrize("outputs", [1, 63, 64, 1000, 1024])

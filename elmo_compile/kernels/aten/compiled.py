@@ -100,7 +100,10 @@ class _Piece:
             return known(*args)
 
     def _first(self, form: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
-        """A call by way of Dynamo, which is not needed for this form afterwards."""
+        """A call by way of Dynamo, which is not needed for this form afterwards.
+
+        No argument is a view for it: it guards on the sizes of what one is a view of.
+        """
         tensors = [a for a in args if isinstance(a, Tensor)]
         # A ragged last chunk of one output is not worth a variant of its own.
         if tensors[0].shape[:1] == (1,) or any(t.numel() == 0 for t in tensors):
@@ -111,6 +114,7 @@ class _Piece:
         if variant is None:
             return self._eager(*args)
         with torch._C._AutoDispatchBelowADInplaceOrView():
+            args = tuple(torch.ops.aten.alias(a) if isinstance(a, Tensor) else a for a in args)
             result, direct = recorded(variant.run, variant.arguments(args))
         if direct is not None:
             if len(self._known) >= _FORMS:
@@ -148,15 +152,26 @@ def _variant(
         return fn(*[next(scalars) if number else next(rest) for number in numbers], **named)
 
     if any(numbers):
-        variant = _Variant(_compiler(_own_code(unpacked, {})), _packing(numbers))
+        variant = _Variant(_constant_floats(_own_code(unpacked, {})), _packing(numbers))
     else:
-        variant = _Variant(_compiler(_own_code(fn, named)), lambda values: values)
+        variant = _Variant(_constant_floats(_own_code(fn, named)), lambda values: values)
     taken = variant.arguments(args)
     packed = taken[: any(numbers)]
     copies = _copies(taken[len(packed) :], torch._dynamo.mark_dynamic, vectors)
-    with torch._dynamo.config.patch(specialize_float=True):
-        variant.run(*packed, *copies)
+    variant.run(*packed, *copies)
     return variant
+
+
+def _constant_floats(fn: Callable[..., Any]) -> _Run:
+    """As `_compiler`; the floats in the source of `fn` are constants whenever Dynamo compiles it:
+    a guard may ask for that at a later call too."""
+    run = _compiler(fn)
+
+    def specialized(*args: Any) -> Any:
+        with torch._dynamo.config.patch(specialize_float=True):
+            return run(*args)
+
+    return specialized
 
 
 def _packing(numbers: tuple[bool, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
@@ -232,9 +247,17 @@ def _compiled_once(key: Any, compile_now: Callable[[], _Variant]) -> _Variant | 
             with values_traced_once():
                 variant = compile_now()
         except Exception as error:  # whatever a compiler or its absence raises
-            _tell(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            _tell(_cause(error))
         _cache[key] = variant
         return variant
+
+
+def _cause(error: Exception) -> str:
+    """In one line, what went wrong in a compiler; Dynamo wraps it and says only that in its first
+    line."""
+    inner = getattr(error, "inner_exception", error)
+    (first, *_) = str(inner).strip().splitlines() or [""]
+    return f"{type(inner).__name__}: {first}"
 
 
 def _tell(cause: str) -> None:
@@ -271,7 +294,7 @@ def _copies(
     copies = []
     for a in args:
         if isinstance(a, Tensor):
-            a = a.detach().clone()
+            a = _copy(a)
             for dim, size in enumerate(a.shape):
                 if vectors and 0 < dim == a.ndim - 1:
                     torch._dynamo.mark_static(a, dim)
@@ -279,6 +302,19 @@ def _copies(
                     mark(a, dim)
         copies.append(a)
     return copies
+
+
+def _copy(a: Tensor) -> Tensor:
+    """A copy; of a part of a wider tensor (a chunk of dense targets) one whose parts are apart too:
+    a stride that is a size by chance would be taken to be it by meaning."""
+    inner, *outer = sorted(range(a.ndim), key=a.stride) or [-1]
+    if not outer or a.stride(inner) != 1 or a.stride(outer[0]) <= a.shape[inner]:
+        return a.detach().clone()
+    order = [*reversed(outer), inner]
+    sizes = [a.shape[dim] for dim in order]
+    with torch._C._AutoDispatchBelowADInplaceOrView():  # not a view for Dynamo, as no argument is
+        wider = a.new_empty((*sizes[:-1], sizes[-1] + 1))[..., :-1]
+        return wider.permute(*[order.index(dim) for dim in range(a.ndim)]).copy_(a)
 
 
 def reset() -> None:
