@@ -1,9 +1,8 @@
 """Hand a rewritten graph to what compiles the rest of it.
 
 Uses private APIs: `torch._inductor.compile_fx`, `torch._inductor.list_mode_options`,
-`torch._inductor.cpu_vec_isa`, `torch._functorch.config` and `torch.compiler.config.cache_key_tag`
-(tried on torch 2.11 and 2.13; `cpu_vec_isa` on 2.13, and there in 2.11 to 2.15; `_functorch.config`
-on 2.11, 2.13 and 2.15).
+`torch._inductor.cpu_vec_isa` and `torch.compiler.config.cache_key_tag` (tried on torch 2.11 and
+2.13; `cpu_vec_isa` on 2.13, and there in 2.11 to 2.15).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import contextlib
 import contextvars
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
@@ -121,6 +120,8 @@ def lower(
         return module
     from torch._inductor import compile_fx
 
+    from elmo_compile.activations import few_activations
+
     settings: Any = torch.compiler.config
     tag = cache_tag(options)
     at_once = torch.ops.elmo.head_loss_at_once.default
@@ -134,41 +135,14 @@ def lower(
         with settings.patch(cache_key_tag=tag):
             return compile_fx.compile_fx_inner(graph, *args, **kwargs)
 
-    sparing = few_activations() if rewritten else contextlib.nullcontext()
-    with settings.patch(cache_key_tag=tag), sparing:
+    patches = inductor_config(options)
+    sparing = few_activations(patches) if rewritten else contextlib.nullcontext(patches)
+    with settings.patch(cache_key_tag=tag), sparing as patches:
         compiled: Any = compile_fx.compile_fx(
-            module,
-            list(inputs),
-            inner_compile=inner_compile,
-            config_patches=inductor_config(options),
+            module, list(inputs), inner_compile=inner_compile, config_patches=patches
         )
     call: Callable[..., Any] = compiled
     return call
-
-
-@contextlib.contextmanager
-def few_activations() -> Iterator[None]:
-    """Around a compilation: keep no activation for the backward that element-wise operations make
-    again from others that are kept.
-
-    AOTAutograd keeps such a one by default where the backward hands it to a product, which saves
-    writing it a second time: the outputs of activation functions and of norms, a third of what a
-    transformer keeps. Whoever has set `ban_recompute_materialized_backward`, to whatever value, in
-    `torch._functorch.config` is not overruled.
-    """
-    from torch._functorch import config
-
-    settings: Any = config
-    name = "ban_recompute_materialized_backward"
-    if not hasattr(settings, name) or not settings._is_default(name):
-        yield
-        return
-    # `config.patch` would leave behind that someone has set it.
-    revert = settings._make_closure_patcher(**{name: False})()
-    try:
-        yield
-    finally:
-        revert()
 
 
 def scale_in_place(backward: fx.GraphModule) -> None:

@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optim": {"ops", "numerics"},
     "heads": {"ops", "optim", "numerics"},
     "distributed": {"ops", "heads", "optim", "numerics"},
-    "lowering": set(),
+    "activations": set(),
+    "lowering": {"activations"},
     "deferred": {"ops", "passes", "numerics"},
     "runtime": {"deferred", "lowering", "passes", "ops"},
     "backend": {"lowering", "runtime", "passes", "ops", "planner", "report"},
@@ -72,6 +73,7 @@ PLAIN_RECORDS = {"elmo_compile.kernels.problem"}
 PRIVATE = ("_inductor", "_functorch", "_dynamo", "_C", "_guards", "_subclasses")
 MAY_TOUCH_PRIVATE: dict[str, set[str]] = {
     # file -> the private torch packages it names; each says which versions it was tried on
+    "elmo_compile/activations.py": {"_functorch", "_inductor"},
     "elmo_compile/backend.py": {"_guards"},
     "elmo_compile/deferred/functions.py": {"_guards"},
     "elmo_compile/deferred/gradient.py": {"_C"},
@@ -83,7 +85,7 @@ MAY_TOUCH_PRIVATE: dict[str, set[str]] = {
     "elmo_compile/kernels/aten/compiled.py": {"_C", "_dynamo"},
     "elmo_compile/kernels/aten/direct.py": {"_inductor"},
     "elmo_compile/kernels/aten/traced_once.py": {"_inductor"},
-    "elmo_compile/lowering.py": {"_functorch", "_inductor"},
+    "elmo_compile/lowering.py": {"_inductor"},
     "elmo_compile/ops/fused.py": {"_C"},
     "elmo_compile/ops/hidden_gradients.py": {"_dynamo"},
     "elmo_compile/ops/second_pass.py": {"_C"},

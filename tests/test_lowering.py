@@ -16,7 +16,6 @@ from torch._inductor import utils as inductor_utils
 import elmo_compile
 from elmo_compile import backend, host_memory, lowering
 from elmo_compile.kernels import aten
-from elmo_compile.testing.memory import allocated_peak
 
 
 def probe() -> None:
@@ -185,64 +184,3 @@ def test_the_forward_s_gradient_is_the_parameter_s(
             assert parameter.grad is not None
             apart = (found.double() - parameter.grad.double()).norm()
             assert apart < (2e-2 if dtype == torch.bfloat16 else 1e-5) * parameter.grad.norm()
-
-
-ROWS, INNER, LAYERS = 1024, 1024, 4
-
-
-class Perceptron(torch.nn.Module):
-    """What a transformer's layers do to each token, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = torch.nn.ModuleList(torch.nn.Linear(64, INNER) for _ in range(LAYERS))
-        self.down = torch.nn.ModuleList(torch.nn.Linear(INNER, 64) for _ in range(LAYERS))
-        self.head = torch.nn.Linear(64, 20_000)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        for up, down in zip(self.up, self.down):
-            x = down(F.gelu(up(x)))
-        return F.cross_entropy(self.head(x[:4]), y)
-
-
-def peak_and_gradients(
-    x: Tensor, y: Tensor, min_outputs: int, backend: str = "elmo"
-) -> tuple[int, list[Tensor]]:
-    """Peak bytes of a forward and a backward, and what they leave."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    model: Any = Perceptron()
-    options = {"min_outputs": min_outputs} if backend == "elmo" else None
-    step = torch.compile(model, backend=backend, options=options)
-
-    def run() -> None:
-        model.zero_grad()
-        step(x, y).backward()
-
-    run()
-    peak = allocated_peak(run)
-    return peak, [parameter.grad for parameter in model.parameters()]
-
-
-def test_beside_a_head_few_activations_are_kept() -> None:
-    """GELU's result is made again from its argument, which its gradient needs; not where no head
-    was replaced, nor against a setting of the user's. Again and again: nothing is left set."""
-    from torch._functorch import config
-
-    x, y = torch.randn(ROWS, 64), torch.randint(0, 20_000, (4,))
-    name = "ban_recompute_materialized_backward"
-    for _ in range(2):
-        assert config._is_default(name)
-        few, gradients = peak_and_gradients(x, y, 10_000)
-    revert = config._make_closure_patcher(**{name: True})()
-    try:
-        asked, same = peak_and_gradients(x, y, 10_000)
-    finally:
-        revert()
-    spared = ROWS * INNER * 4  # one of four: at the peak, the last layer's is there, and more
-    assert few < asked - spared
-    for found, expected in zip(gradients, same, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-    untouched, _ = peak_and_gradients(x, y, 30_000)
-    inductor, _ = peak_and_gradients(x, y, 0, backend="inductor")
-    assert abs(untouched - inductor) < ROWS * INNER
