@@ -101,12 +101,14 @@ def _tell(section: Section) -> None:
 
 
 def _note_left(analysis: Analysis, inputs: Sequence[Any]) -> None:
-    """Tell the optimizer of each weight whose linear layer was left as it was."""
-    placeholders = list(analysis.module.graph.find_nodes(op="placeholder"))
-    for position, why in analysis.left:
-        owner = owner_of(inputs[position])
+    """Name the graph's weights to their optimizer, and tell it of each whose linear layer was left
+    as it was."""
+    placeholders = analysis.module.graph.find_nodes(op="placeholder")
+    for placeholder, value in zip(placeholders, inputs):
+        owner = owner_of(value) if isinstance(value, torch.Tensor) else None
         if owner is not None:
-            give_name(owner, parameter_name(placeholders[position]))
+            give_name(owner, parameter_name(placeholder))
+    for position, why in analysis.left:
         note(inputs[position], why)
 
 

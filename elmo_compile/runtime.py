@@ -303,7 +303,7 @@ def _owner(head: PlannedHead, weight: Tensor, inputs: Sequence[Any]) -> tuple[Ow
     """Who updates a head's weight in this call, or why nobody does."""
     owner = owner_of(weight)
     if owner is None:
-        return None, NOT_OWNED
+        return None, NOT_OWNED if weight.is_leaf else "the weight is computed, in an earlier graph"
     for reason, applies in _CALL_REASONS:
         if applies(weight):
             return None, reason

@@ -94,10 +94,12 @@ def largest_linear(module: fx.GraphModule) -> tuple[int, list[int]]:
 
 def weight_inputs(site: Site, seed: fx.Node, num_outputs: int) -> list[int]:
     """Positions among the top-level graph's inputs of matrices that a product reads as its weight,
-    views and casts of it included."""
+    views and casts of it included. Of two operands that may be it, the last: features come first.
+    """
+    operands = [arg for arg in seed.all_input_nodes if is_matrix(arg, num_outputs)]
     placeholders = [
         site.outer(node)
-        for node in ancestors(*(arg for arg in seed.all_input_nodes if is_matrix(arg, num_outputs)))
+        for node in ancestors(*operands[-1:])
         if node.op == "placeholder" and is_matrix(node, num_outputs)
     ]
     found = [node for node in placeholders if node is not None]

@@ -11,6 +11,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 _reasons: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _local = threading.local()
+_NEAR_BY = 256
+"""Nodes of autograd that are looked at."""
 
 
 @contextlib.contextmanager
@@ -31,8 +33,28 @@ def is_read_elsewhere(weight: Tensor) -> bool:
 
 
 def note(weight: Tensor, why: str) -> None:
-    """Remember the last reason."""
-    _reasons[weight] = why
+    """Remember the last reason; for a computed weight, of the parameters it is made of."""
+    for parameter in made_of(weight):
+        _reasons[parameter] = why
+
+
+def made_of(weight: Tensor) -> list[Tensor]:
+    """A weight, or if it is computed the parameters with as many rows that autograd finds before
+    it, near by."""
+    if weight.is_leaf:
+        return [weight]
+    found: list[Tensor] = []
+    seen, work = {weight.grad_fn}, [weight.grad_fn]
+    while work and len(seen) < _NEAR_BY:
+        node = work.pop(0)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor) and leaf.shape[:1] == weight.shape[:1]:
+            found.append(leaf)
+        for earlier, _ in () if node is None else node.next_functions:
+            if earlier is not None and earlier not in seen:
+                seen.add(earlier)
+                work.append(earlier)
+    return found
 
 
 def reason(weight: Tensor) -> str:

@@ -150,6 +150,30 @@ class Broken(Halved):
         return z.sort(-1).values.sum()
 
 
+class Normalized(nn.Module):
+    """Features enter as rows of a matrix with as many columns as the layer before has outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.encoder = nn.Embedding(48, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encoder(self.words(x)) @ F.normalize(self.words.weight, dim=-1).t()
+
+
+def test_a_weight_that_is_computed_before_a_loss_outside_is_named() -> None:
+    model = Normalized()
+    opt = elmo.optim.SGD(model.parameters(), 0.5)
+    F.cross_entropy(compiled(model, min_outputs=32)(torch.arange(6)), torch.arange(6)).backward()
+    assert "the weight is computed" in str(elmo.last_report())
+    told = (
+        r"words\.weight: the weight is computed, in an earlier graph; "
+        r"encoder\.weight: it has 16 outputs"
+    )
+    with pytest.warns(UserWarning, match=told):
+        opt.step()
+
+
 class Recurrent(Halved):
     """Dynamo skips it."""
 
