@@ -33,7 +33,7 @@ _PASS = "joint_custom_post_pass"
 @contextlib.contextmanager
 def few_activations(patches: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Around a compilation: keep no activation for the backward that element-wise operations make
-    again from others that are kept, and with an `activation_memory_budget` as `RecomputeLayers`.
+    again from others that are kept, and otherwise what `BeforePartition` says.
 
     AOTAutograd keeps such a one by default where the backward hands it to a product, which saves
     writing it a second time: the outputs of activation functions and of norms, a third of what a
@@ -56,11 +56,9 @@ def few_activations(patches: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if hasattr(_settings, name) and _settings._is_default(name):
             change(**{name: False})
         budget = float(_settings.activation_memory_budget)
-        if budget < 1:
-            settled = functools.partial(change, activation_memory_budget=1.0)
-            recompute = RecomputeLayers(budget, settled, _passes_of_the_user(patches))
-            patches = {**patches, _PASS: recompute}
-        yield patches
+        settled = functools.partial(change, activation_memory_budget=1.0)
+        own = BeforePartition(budget, settled, _passes_of_the_user(patches))
+        yield {**patches, _PASS: own}
 
 
 def _passes_of_the_user(patches: dict[str, Any]) -> list[Any]:
@@ -69,8 +67,8 @@ def _passes_of_the_user(patches: dict[str, Any]) -> list[Any]:
     return list(given) if isinstance(given, list | tuple) else [given] if given else []
 
 
-class RecomputeLayers(CustomGraphPass):
-    """Of a joint graph that is to keep less than it would: make whole layers again, the first ones.
+class BeforePartition(CustomGraphPass):
+    """Marks in a joint graph what is kept for the backward and what is made again.
 
     Below an `activation_memory_budget` of 1 AOTAutograd weighs products one by one, and no longer
     bans recomputing long chains. It keeps results of products inside the layers rather than the
@@ -78,14 +76,13 @@ class RecomputeLayers(CustomGraphPass):
     makes it again for every layer, and each waits for its own layer's backward. That takes more
     memory than to keep all (measured in benchmarks/NOTES.md). Here what is alive at narrow places
     between layers is kept, and the layers between two such places are kept as without a budget, or
-    made again: as in `torch.utils.checkpoint`, but random numbers, of which the result is kept. The
-    first layers, since theirs are made again when what the others kept is free.
-
-    A graph with checkpointed regions of the user's, or without narrow places, is left to torch.
+    made again, as in `torch.utils.checkpoint`. The first layers, since theirs are made again when
+    what the others kept is free. A graph with checkpointed regions of the user's, or without narrow
+    places, is left to torch.
 
     Args:
         budget: kept bytes, as a part of what is kept without a budget.
-        settled: called before marking anything; torch's own way must then see no budget.
+        settled: called before marking layers; torch's own way must then see no budget.
         others: passes of the user's that run before.
     """
 
@@ -98,23 +95,52 @@ class RecomputeLayers(CustomGraphPass):
         """Mark the nodes."""
         for other in self._others:
             other(graph)
-        if any(node.meta.get("recompute") for node in graph.nodes):
-            return
-        again = layers_to_recompute(graph, self._budget)
+        regions = any(node.meta.get("recompute") for node in graph.nodes)
+        keep_what_is_overwritten(graph)
+        again = [] if regions or self._budget >= 1 else layers_to_recompute(graph, self._budget)
         if again:
             self._settled()
         for layer in again:
             for node in layer.nodes:
-                node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+                node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
         for layer in again:
             for node in (*layer.begin, *layer.end):
                 node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
     def uuid(self) -> Any:
         """For Inductor's caches; None, which keeps a graph out of them, as a user's pass has it."""
-        own = (hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), self._budget)
         others = [getattr(other, "uuid", lambda: None)() for other in self._others]
-        return None if None in others else (own, *others)
+        return None if None in others else (_digest(), self._budget, *others)
+
+
+@functools.cache
+def _digest() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def keep_what_is_overwritten(joint: fx.Graph) -> None:
+    """Let all read a copy of an input that the forward writes to, where that reaches the backward.
+
+    There the input (a buffer) has its new value, and what torch makes again is made of that one:
+    gradients are wrong (pytorch/pytorch#197039; seen in 2.11, 2.13 and 2.15). Cheap for what is
+    kept instead of what is made of it, and nothing is copied that only the forward reads.
+    """
+    reaching: set[fx.Node] = set()
+    work = list(_backward_of(joint))
+    while work:
+        node = work.pop()
+        if node not in reaching:
+            reaching.add(node)
+            work.extend(node.all_input_nodes)
+    for write in joint.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        written = write.args[0]
+        if written.op != "placeholder" or reaching.isdisjoint(set(written.users) - {write}):
+            continue
+        with joint.inserting_after(list(joint.find_nodes(op="placeholder"))[-1]):
+            kept = joint.call_function(torch.ops.aten.clone.default, (written,))
+        kept.meta = {"val": written.meta["val"].clone(), "recompute": CheckpointPolicy.MUST_SAVE}
+        readers = (kept, write)
+        written.replace_all_uses_with(kept, lambda user, readers=readers: user not in readers)
 
 
 class Layer(NamedTuple):
@@ -213,7 +239,9 @@ def _repeatable(nodes: Sequence[fx.Node], kinds: Any) -> list[fx.Node]:
 
 
 def _is_repeatable(node: fx.Node, kinds: Any) -> bool:
-    operation = node.target
+    operation, made = node.target, node.meta.get("val")
+    if not isinstance(made, torch.Tensor | tuple | list):
+        return False  # a size, which is kept as it is
     if not isinstance(operation, torch._ops.OpOverload):
         return operation is operator.getitem
     ours = operation.namespace in ("aten", "prims") and not operation._schema.is_mutable
@@ -230,14 +258,20 @@ def _drops_nothing(node: fx.Node) -> bool:
     return "dropout_p" in names and given.get("dropout_p", 0.0) == 0.0
 
 
+def _backward_of(joint: fx.Graph) -> set[fx.Node]:
+    """What is made of tangents, which are included."""
+    found: set[fx.Node] = set()
+    for node in joint.nodes:
+        tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if tangent or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found - {joint.find_nodes(op="output")[0]}
+
+
 def _forward_of(joint: fx.Graph) -> list[fx.Node]:
     """The operations that a joint graph's results without tangents are made of, in order; none
     where there are no tangents."""
-    backward: set[fx.Node] = set()
-    for node in joint.nodes:
-        tangent = node.op == "placeholder" and "tangents" in str(node.target)
-        if tangent or not backward.isdisjoint(node.all_input_nodes):
-            backward.add(node)
+    backward = _backward_of(joint)
     if not backward:
         return []
     output = joint.find_nodes(op="output")[0]

@@ -11,6 +11,7 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch._functorch import config
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -139,13 +140,13 @@ class Counted(CustomGraphPass):
 def marked(monkeypatch: pytest.MonkeyPatch) -> list[set[Any]]:
     """The marks in each joint graph that was seen."""
     found: list[set[Any]] = []
-    apply = activations.RecomputeLayers.__call__
+    apply = activations.BeforePartition.__call__
 
     def looked(self: Any, graph: fx.Graph) -> None:
         apply(self, graph)
         found.append({node.meta.get("recompute") for node in graph.nodes} - {None})
 
-    monkeypatch.setattr(activations.RecomputeLayers, "__call__", looked)
+    monkeypatch.setattr(activations.BeforePartition, "__call__", looked)
     return found
 
 
@@ -156,11 +157,10 @@ def compile_with(budget: float, *, regions: bool = False, **how: Any) -> None:
 
 
 def test_layers_are_marked_with_a_budget_alone(marked: list[set[Any]]) -> None:
-    """Without one nothing runs over the graph: Inductor's caches are as they were."""
     compile_with(1.0)
-    assert marked == []
+    assert marked == [set()]
     compile_with(0.5)
-    assert marked == [{CheckpointPolicy.PREFER_RECOMPUTE, CheckpointPolicy.MUST_SAVE}]
+    assert marked[1:] == [{CheckpointPolicy.PREFER_RECOMPUTE, CheckpointPolicy.MUST_SAVE}]
     marked.clear()
     compile_with(0.5, options={"min_outputs": 30_000})
     assert marked == []
@@ -189,11 +189,61 @@ def test_a_pass_of_the_users_runs_too(where: str, marked: list[set[Any]]) -> Non
 
 
 def test_caches_tell_budgets_and_passes_apart() -> None:
-    made = functools.partial(activations.RecomputeLayers, settled=lambda: None)
+    made = functools.partial(activations.BeforePartition, settled=lambda: None)
     ids = {made(0.5).uuid(), made(0.4).uuid(), made(0.5, others=[Counted()]).uuid()}
     assert len(ids) == 3
     assert made(0.5).uuid() in ids
     assert made(0.5, others=[lambda graph: None]).uuid() is None
+
+
+class Buffers(nn.Module):
+    """Layers that read and write what they have seen before, as a queue or a codebook does.
+
+    Args:
+        silently: they write outside of autograd.
+    """
+
+    def __init__(self, *, silently: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.norm, self.head = nn.BatchNorm1d(16), nn.Linear(16, LABELS)
+        self.register_buffer("seen", torch.ones(4, 16))
+        self.silently = silently
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            h = layer(x) * self.seen[i].clone()
+            x = x + torch.tanh(h * (1 + self.seen[i].clone().square()))
+            with torch.set_grad_enabled(not self.silently):
+                self.seen[i].mul_(1.5).add_(h.detach().mean(0))
+        return F.cross_entropy(self.head(self.norm(x)[:4]), y)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+@pytest.mark.parametrize("silently", [True, False])
+def test_what_the_forward_overwrites_is_kept(budget: float, silently: bool) -> None:
+    """torch makes values again from a buffer's new value (pytorch/pytorch#197039)."""
+    model, inputs = Buffers(silently=silently), batch(64, 16)
+    begin = {name: value.clone() for name, value in model.state_dict().items()}
+    results = []
+    for backend in ("eager", "elmo"):
+        model.load_state_dict(begin)
+        how = {"backend": backend, "options": OPTIONS if backend == "elmo" else None}
+        _, gradients = peak_and_gradients(model, inputs, budget, **how)
+        results.append([*gradients, *model.buffers()])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_caches_hold_what_the_pass_has_run_over() -> None:
+    model, inputs = Layers(16, 16, 3), batch(64, 16)
+    peak_and_gradients(model, inputs, 0.5)
+    counters.clear()
+    peak_and_gradients(model, inputs, 0.5)
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+    counters.clear()
+    peak_and_gradients(model, inputs, 0.4)
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 0
 
 
 def joint_graph(layers: int, rows: int, stream: bool) -> fx.Graph:
