@@ -155,10 +155,10 @@ class Normalized(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.encoder = nn.Embedding(48, 16), nn.Linear(16, 16)
+        self.spoken, self.narrow = nn.Embedding(48, 16), nn.Linear(16, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.encoder(self.words(x)) @ F.normalize(self.words.weight, dim=-1).t()
+        return self.narrow(self.spoken(x)) @ F.normalize(self.spoken.weight, dim=-1).t()
 
 
 def test_a_weight_that_is_computed_before_a_loss_outside_is_named() -> None:
@@ -167,8 +167,8 @@ def test_a_weight_that_is_computed_before_a_loss_outside_is_named() -> None:
     F.cross_entropy(compiled(model, min_outputs=32)(torch.arange(6)), torch.arange(6)).backward()
     assert "the weight is computed" in str(elmo.last_report())
     told = (
-        r"words\.weight: the weight is computed, in an earlier graph; "
-        r"encoder\.weight: it has 16 outputs"
+        r"spoken\.weight: the weight is computed, in an earlier graph; "
+        r"narrow\.weight: it has 16 outputs"
     )
     with pytest.warns(UserWarning, match=told):
         opt.step()
