@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from elmo_compile.errors import ElmoError
 from elmo_compile.numerics.rounding import round_nearest
@@ -39,6 +41,7 @@ class LowPrecisionLinear(nn.Linear):
     @classmethod
     def of(cls, head: nn.Linear, dtype: torch.dtype) -> LowPrecisionLinear:
         """A head shaped like `head` with uninitialised weights, on its device."""
+        guard_against_torch_optim()
         with torch.device("meta"):
             new = cls(head.in_features, head.out_features, bias=head.bias is not None)
         new.storage_dtype, new.rounded_to_zero = dtype, 0.0
@@ -53,6 +56,11 @@ class LowPrecisionLinear(nn.Linear):
             new.bias = nn.Parameter(bias, requires_grad=head.bias.requires_grad)
         new.train(head.training)
         return new
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As nn.Module's: copied and unpickled heads do not come from `of`."""
+        guard_against_torch_optim()
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits [..., L] in the dtype of the features [..., D]."""
@@ -93,6 +101,28 @@ class LowPrecisionLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, storage_dtype={self.storage_dtype}"
+
+
+@functools.cache
+def guard_against_torch_optim() -> None:
+    """Have torch's own optimizers raise, before they change anything, where they would fail at an
+    fp8 weight with the parameters before it updated already."""
+    register_optimizer_step_pre_hook(_refuse_fp8)
+
+
+def _refuse_fp8(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if not getattr(type(optimizer).step, "__module__", "").startswith("torch.optim"):
+        return
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.dtype == torch.float8_e4m3fn and weight.grad is not None:
+                name = type(optimizer).__name__
+                raise ElmoError(
+                    f"torch.optim.{name} cannot update a weight of shape {tuple(weight.shape)} "
+                    "in torch.float8_e4m3fn; nothing was changed. Use elmo_compile.optim for the "
+                    "whole model or for the head's parameters alone, or store the head in "
+                    "bfloat16: elmo_compile.convert_head(model, dtype=torch.bfloat16)"
+                )
 
 
 def keeping_dtype(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:

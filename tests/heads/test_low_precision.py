@@ -244,3 +244,47 @@ def test_a_head_without_values_is_converted_and_loaded() -> None:
     assert model.weight.dtype == torch.float8_e4m3fn
     x = torch.randn(3, 16)
     assert torch.equal(model(x), source(x))
+
+
+class Halving(torch.optim.Optimizer):
+    """Someone's own, which knows fp8."""
+
+    def __init__(self, params: object) -> None:
+        super().__init__(params, {})  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        """Halve all that has a gradient."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    weight.copy_((weight.float() / 2).to(weight.dtype))
+
+
+@pytest.mark.parametrize("rule", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("copied", [False, True], ids=["converted", "unpickled"])
+def test_torch_optim_is_refused_before_it_changes_anything(
+    rule: type[torch.optim.Optimizer], copied: bool
+) -> None:
+    model = elmo.convert_head(net(), dtype=torch.float8_e4m3fn)
+    if copied:
+        torch.save(model, buffer := io.BytesIO())
+        buffer.seek(0)
+        model = torch.load(buffer, weights_only=False)
+    opt = rule(model.parameters(), lr=0.1)  # type: ignore[call-arg]
+    opt.step()  # no gradients: nothing to do
+    model(*batch()).backward()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ElmoError, match=rf"torch.optim.{rule.__name__} .* nothing was changed"):
+        opt.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.view(torch.uint8), before[name].view(torch.uint8)), name
+
+
+def test_other_optimizers_may_know_fp8() -> None:
+    model = elmo.convert_head(net(), dtype=torch.float8_e4m3fn)
+    model(*batch()).backward()
+    head = next(module for module in model.modules() if isinstance(module, LowPrecisionLinear))
+    before = head.weight.detach().float()
+    Halving(model.parameters()).step()
+    assert torch.equal(head.weight.detach().float(), (before / 2).to(head.weight.dtype).float())
