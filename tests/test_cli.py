@@ -168,8 +168,10 @@ def test_tune_lists_what_it_would_time(capsys):
     arguments = ["tune", "--list", "--chip", "90", "--dtype", "float8_e4m3fn", "-N", "100"]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "(2, 1, 128, 768)" in printed
-    assert "features" in printed
+    assert "for sm_90: up to 128 rows of 768 features" in printed
+    assert "weights of 8 bits, products of 16" in printed
+    assert "features: gradient of the features" in printed
+    assert printed.count("the table's") == 5  # the table's tile of each product
     assert "shared_with_state" not in printed
     assert "no such pass" in printed
     assert "256 accumulators a thread" in printed

@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from elmo_compile.kernels.triton.configs import Tile
 
 
+_PRODUCTS = {
+    "logits": "logits and their gradient, rows of the batch x outputs",
+    "logits_narrow": "logits, gradient and loss value, rows of the batch x outputs",
+    "features": "gradient of the features, rows of the batch x features",
+    "weights": "gradient of the weight or its update, outputs x features",
+    "shared": "features and weights in one pass, rows of the batch x features",
+    "shared_with_state": "features and weights in one pass, rows of the batch x features",
+}
+
+
 def show_candidates(case: Case, state: State, chip: int | None = None) -> None:
     """Print every tile of a case, and why some are not timed; nothing is compiled."""
     from elmo_compile.kernels.triton.configs import CHIPS
@@ -31,13 +41,20 @@ def show_candidates(case: Case, state: State, chip: int | None = None) -> None:
         raise OptionError(f"--chip {chip} is not known; accepted: {', '.join(map(str, CHIPS))}.")
     listed = candidates_of(case, state, chip)
     console = Console(width=120)
-    table = Table(title=f"Tiles for {tuple(key_of(case))}", title_justify="left")
-    for name in ("field", "tile", "left out"):
-        table.add_column(name)
+    of = "this GPU" if chip is None else f"sm_{chip}"
+    console.print(Text(f"Tiles for {of}: {key_of(case).described()}"))
+    table = Table()
+    for name in ("field", "rows x columns x inner step", ""):
+        table.add_column(name, no_wrap=True)
     for field, candidates in listed.items():
-        for candidate in candidates:
-            table.add_row(field, described(candidate.tile), candidate.dropped or "")
+        for at, candidate in enumerate(candidates):
+            note = f"left out: {candidate.dropped}" if candidate.dropped else ""
+            note = note or ("" if at else "the table's")
+            table.add_row("" if at else field, described(candidate.tile), note)
+        table.add_section()
     console.print(table)
+    for field in listed:
+        console.print(Text(f"{field}: {_PRODUCTS[field]}"))
     counts = Counter(c.dropped is None for candidates in listed.values() for c in candidates)
     console.print(Text(f"{counts[True]} to time, {counts[False]} left out"))
 

@@ -48,6 +48,13 @@ class HeadKey(NamedTuple):
         """The key of a head of `rows` rows and its types."""
         return cls(compute.itemsize, weight.itemsize, batch_block(rows, rows), features)
 
+    def described(self) -> str:
+        """As one reads it."""
+        return (
+            f"up to {self.rows} rows of {self.features} features, "
+            f"weights of {8 * self.weight_bytes} bits, products of {8 * self.operand_bytes}"
+        )
+
     def table(self, chip: int) -> Tiles:
         """The table's tiles for it."""
         return from_table(chip, torch.float32 if self.operand_bytes == 4 else torch.bfloat16)
