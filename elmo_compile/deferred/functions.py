@@ -1,4 +1,4 @@
-"""What deferred logits answer without their values: the tables of operations, by meaning."""
+"""What deferred logits answer without their values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -19,72 +18,29 @@ from elmo_compile.deferred.nodes import derive
 from elmo_compile.deferred.origin import FAKES, fake
 from elmo_compile.deferred.state import Root, State
 from elmo_compile.deferred.step import Argument, Step, as_argument
+from elmo_compile.deferred.tables import (
+    AUTOCAST,
+    CALLS_PYTHON,
+    DETACHES,
+    LOSSES,
+    OTHER_VALUES,
+    PARTS,
+    PERMUTES,
+    READS,
+    ROWS,
+    SCALES,
+    SHARES,
+    STAYS_DEFERRED,
+    STORAGES,
+    TOPS,
+    WATCHES,
+)
 from elmo_compile.deferred.targets import made_by_program
 from elmo_compile.deferred.tensor import Deferred
 from elmo_compile.ops.data_parallel import inside
 from elmo_compile.ops.kept import KEPT, Tops, collecting
 from elmo_compile.ops.owners import owner_of
 from elmo_compile.ops.unfused import read_elsewhere
-
-
-def _methods(*names: str) -> set[Any]:
-    """Methods of Tensor, and functions of torch by the same names."""
-    places = (torch.Tensor, torch)
-    return {found for name in names for p in places if (found := getattr(p, name, None))}
-
-
-STAYS_DEFERRED = _methods(
-    "float", "double", "half", "bfloat16", "to", "type", "contiguous", "view", "reshape",
-    "flatten", "unflatten", "unsqueeze", "squeeze", "__getitem__", "softmax", "log_softmax",
-    "sigmoid", "tanh", "mul", "div", "add", "sub", "__mul__", "__rmul__", "__truediv__", "__add__",
-    "__radd__", "__sub__", "multiply", "divide", "true_divide", "neg", "negative", "__neg__",
-) | {F.softmax, F.log_softmax, F.logsigmoid}  # fmt: skip
-"""One tensor in, one out, and nothing read of it but by the next operation."""
-
-SCALES = _methods(
-    "mul", "div", "add", "sub", "__mul__", "__rmul__", "__truediv__", "__add__", "__radd__",
-    "__sub__", "multiply", "divide", "true_divide",
-)  # fmt: skip
-"""Take a number that is a tensor to the program: an annealed temperature is one program."""
-
-AUTOCAST = _methods("softmax", "log_softmax") | {F.softmax, F.log_softmax}
-"""Of these, what autocast runs in another dtype (float32, on CUDA)."""
-
-LOSSES = {
-    F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.binary_cross_entropy,
-    F.multi_margin_loss, F.multilabel_soft_margin_loss, F.soft_margin_loss, F.hinge_embedding_loss,
-    F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.kl_div,
-}  # fmt: skip
-"""Fused where they are reduced to rows or a scalar."""
-
-ROWS = _methods("gather", "logsumexp", "sum", "mean")
-"""Parts of a loss written by hand. Each would be an update of its own, so they stream where no
-update is fused."""
-
-TOPS = _methods("argmax", "topk", "max")
-"""Answered by the largest values of each row."""
-
-STORAGES = _methods("untyped_storage", "storage")
-
-SHARES = STORAGES | _methods("numpy", "data_ptr", "__dlpack__", "__array__", "share_memory_")
-"""Hand out memory that may be written to where torch does not count it."""
-
-READS = SHARES | _methods(
-    "tolist", "__deepcopy__", "__reduce_ex__", "__dlpack_device__", "__format__", "is_shared",
-    "pin_memory", "is_set_to",
-)  # fmt: skip
-"""Python's ways around the dispatcher: they are given an ordinary tensor."""
-
-
-CALLS_PYTHON = _methods("apply_", "map_", "map2_")
-"""Write what a Python function makes of each value, around the dispatcher."""
-
-DETACHES = _methods("detach")
-"""Of a loss whose value is known: an ordinary tensor, as `torch.tensor([loss, ...])` needs it."""
-
-WATCHES = _methods("register_hook", "retain_grad")
-"""Ask for the gradient of the logits: from then on losses are taken of the values, and a loss that
-was taken before is an error."""
 
 
 def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -139,11 +95,82 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _top(logits, Step(func, rest, named))
     elif func in LOSSES or (func in ROWS and not _fused(logits, root)):
         return _streamed(logits, Step(func, rest, named))
-    if func in STAYS_DEFERRED and _stays(func, rest, named, logits):
-        rest = _with_tensor_scale(logits, rest) if func in SCALES else rest
-        made = derive(logits, Step(func, *_indexed(func, rest), named))
-        return NotImplemented if made is None else made
-    return NotImplemented
+    if func in PARTS:
+        return _parts(func, logits, rest, named)
+    step = _kept(func, logits, rest, named)
+    made = None if step is None else derive(logits, step)
+    return NotImplemented if made is None else made
+
+
+def _kept(func: Any, logits: Deferred, rest: tuple[Any, ...], named: dict[str, Any]) -> Step | None:
+    """The operation as a step; None if it cannot be one."""
+    if func in PERMUTES:
+        order = _order(func, logits.ndim, rest, named)
+        return None if order is None else Step(Tensor.permute, (order,), {})
+    if func not in STAYS_DEFERRED or not _stays(func, rest, named, logits):
+        return None
+    root, _ = logits._state.recipe()
+    if func in OTHER_VALUES and isinstance(root, Root) and not logits._state.available:
+        root.check()  # Where nothing could be read of the result, that is said here.
+    rest = _with_tensor_scale(logits, rest) if func in SCALES else rest
+    return Step(func, *_indexed(func, rest), named)
+
+
+def _order(func: Any, ndim: int, rest: Any, named: Any) -> tuple[int, ...] | None:
+    """The order in which an operation puts `ndim` dimensions; None if it raises."""
+    sizes = tuple(range(2, 2 + ndim))
+    try:
+        with FAKES, torch.no_grad():
+            made: Tensor = func(torch.empty(sizes), *rest, **named)
+    except Exception:  # The operation itself raises it better.
+        return None
+    return tuple(sizes.index(size) for size in made.shape)
+
+
+FEWEST_ROWS = 16
+"""Of a part that is worth a pass of its own over the weight."""
+
+
+def _parts(func: Any, logits: Deferred, rest: Any, named: Any) -> Any:
+    """Rows by parts, each deferred.
+
+    Not where the weight gets a gradient: that of every part would be as large as the weight.
+    """
+    state = logits._state
+    root, _ = state.recipe()
+    outputs = root.fake.shape[-1] if isinstance(root, Root) else 0
+    dim = named.get("dim", (*rest, *([0] * 2))[0 if func.__name__ == "unbind" else 1])
+    by_rows = isinstance(dim, int) and logits.ndim > 1 and dim % logits.ndim != logits.ndim - 1
+    if not (by_rows and state.fake.shape[-1] == outputs) or _trained(logits, root):
+        return NotImplemented
+    try:
+        with FAKES, torch.no_grad():
+            made = tuple(func(state.fake, *rest, **named))
+    except Exception:  # The operation itself raises it better.
+        return NotImplemented
+    if not made or min(part.numel() for part in made) < FEWEST_ROWS * outputs:
+        return NotImplemented
+    steps, start = [], 0
+    for number, part in enumerate(made):
+        if part.ndim < logits.ndim:
+            steps.append(Step(Tensor.select, (dim, number), {}))
+        else:
+            steps.append(Step(Tensor.narrow, (dim, start, part.shape[dim]), {}))
+            start += part.shape[dim]
+    parts = tuple(derive(logits, step) for step in steps)
+    return iter(parts) if func is Tensor.__iter__ else parts
+
+
+def _trained(logits: Deferred, root: State) -> bool:
+    """Whether a loss of these logits would give a weight its gradient."""
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return False
+    inputs = root.inputs if isinstance(root, Root) else ()
+    outputs = root.fake.shape[-1]
+    return any(
+        isinstance(v, Tensor) and v.requires_grad and v.ndim > 1 and outputs in v.shape
+        for v in inputs
+    )
 
 
 def _fused(logits: Deferred, root: Root) -> bool:
@@ -175,16 +202,24 @@ def _logits_first(
     return first, rest, named
 
 
+_SMALL = 8
+"""A tensor that is copied has at most so many times fewer numbers than the logits, or one row."""
+
+
 def _stays(func: Any, rest: tuple[Any, ...], named: dict[str, Any], logits: Deferred) -> bool:
     """Whether the other arguments leave the operation one on rows: no other device, no tensors but
-    indices, dtypes and numbers."""
+    indices, numbers and what is small enough to be copied."""
     name = func.__name__
     given = pytree.tree_leaves((rest, named))
-    if any(isinstance(g, Argument) or (isinstance(g, Tensor) and g.requires_grad) for g in given):
+    tensors = [g for g in given if isinstance(g, Tensor)]
+    grad = torch.is_grad_enabled()
+    if any(isinstance(g, Argument) for g in given) or any(
+        t.requires_grad and grad for t in tensors
+    ):
         return False
     if name == "to":
         devices = [torch.device(g) for g in given if isinstance(g, str | torch.device)]
-        return not any(isinstance(g, Tensor) for g in given) and all(
+        return not tensors and all(
             device.type == logits.device.type and device.index in (None, logits.device.index)
             for device in devices
         )
@@ -192,7 +227,8 @@ def _stays(func: Any, rest: tuple[Any, ...], named: dict[str, Any], logits: Defe
         return bool(given)
     if name == "__getitem__":
         return True
-    return not any(isinstance(g, Tensor) and g.numel() != 1 for g in given)
+    most = max(logits.numel() // _SMALL, logits._state.recipe()[0].fake.shape[-1])
+    return all(t.numel() == 1 or t.numel() <= most for t in tensors)
 
 
 def _with_tensor_scale(logits: Deferred, rest: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -228,8 +264,11 @@ def _top(logits: Deferred, step: Step) -> Any:
         return NotImplemented
     k, dim, keepdim = bound
     state = logits._state
-    if state.available or dim not in (-1, logits.ndim - 1):
+    if state.available:
         return NotImplemented
+    if dim not in (-1, logits.ndim - 1):
+        permuted = any(step.func is Tensor.permute for step in state.recipe()[1])
+        return _streamed(logits, step) if permuted else NotImplemented
     name = step.func.__name__
     root = _root(state)
     differentiable = name != "argmax" and logits.requires_grad and torch.is_grad_enabled()
@@ -340,5 +379,10 @@ def _reduces(state: State, step: Step) -> bool:
             made = step(state.fake, [fake(tensor) for tensor in step.tensors])
     except Exception:  # Whatever it is, the operation itself raises it better.
         return False
-    parts = pytree.tree_leaves(made)
-    return all(isinstance(part, Tensor) and part.numel() < state.fake.numel() for part in parts)
+    outputs = _root(state).fake.shape[-1]
+    return all(
+        isinstance(part, Tensor)
+        and part.numel() < state.fake.numel()
+        and (outputs not in part.shape or step.func in LOSSES)
+        for part in pytree.tree_leaves(made)
+    )

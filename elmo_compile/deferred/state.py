@@ -287,10 +287,10 @@ class Derived(State):
             return None
         first, values, indices = found
         name, rows = self.step.func.__name__, self.fake.shape[:-1]
-        if name == "__getitem__" and self.step.indexes_rows(self.parent.fake.ndim):
+        if self.step.takes_rows(self.parent.fake.ndim):
             values, indices = self.step(values), self.step(indices)
             return indices[..., 0], values, indices
-        if name in ("view", "reshape", "flatten", "unsqueeze", "squeeze", "contiguous"):
+        if name in ("view", "reshape", "flatten", "unsqueeze", "squeeze", "contiguous", "clone"):
             return (
                 first.reshape(rows),
                 values.reshape(*rows, values.shape[-1]),

@@ -64,14 +64,18 @@ class Step:
         copy.tensors = [tensor.detach().clone() for tensor in self.tensors]
         return copy
 
-    def indexes_rows(self, ndim: int) -> bool:
-        """Whether an index into a tensor of `ndim` dimensions leaves the last one whole."""
-        (index,), _ = self.arguments()
-        parts = [p for p in (index if isinstance(index, tuple) else (index,)) if p is not None]
-        last_is_named = len(parts) == ndim or any(part is Ellipsis for part in parts)
-        if not last_is_named or parts[-1] is Ellipsis:
-            return True
-        return isinstance(parts[-1], slice) and parts[-1] == slice(None)
+    def takes_rows(self, ndim: int) -> bool:
+        """Whether this takes or orders rows of a tensor of `ndim` dimensions, and leaves the last
+        dimension, the outputs, as it is."""
+        if self.func.__name__ not in _BY_ROWS:
+            return False
+        args, kwargs = self.arguments()
+        first = args[0] if args else kwargs.get("dim")
+        if self.func.__name__ == "__getitem__":
+            return _indexes_rows(first, ndim)
+        if isinstance(first, int):
+            return first % ndim != ndim - 1
+        return isinstance(first, tuple) and first[-1] % ndim == ndim - 1
 
     def __call__(self, z: Any, tensors: Sequence[Any] | None = None) -> Any:
         """Run it; with other tensors in place of its own, if given."""
@@ -114,6 +118,17 @@ class Step:
                 leaves.append(leaf)
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         return args, kwargs
+
+
+_BY_ROWS = ("__getitem__", "narrow", "select", "index_select", "permute")
+
+
+def _indexes_rows(index: Any, ndim: int) -> bool:
+    parts = [p for p in (index if isinstance(index, tuple) else (index,)) if p is not None]
+    last_is_named = len(parts) == ndim or any(part is Ellipsis for part in parts)
+    if not last_is_named or parts[-1] is Ellipsis:
+        return True
+    return isinstance(parts[-1], slice) and parts[-1] == slice(None)
 
 
 _DEVICES = ("cpu", "cuda")

@@ -7,6 +7,7 @@ over the outputs.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ def table() -> dict[Any, Callable[..., Any]]:
     found.update(get_decompositions([getattr(aten, name) for name in losses]))
     found[aten.var.correction] = _var
     found[aten.std.correction] = _std
+    found[aten.linalg_vector_norm.default] = _vector_norm
     found[aten.max.default] = torch.amax
     found[aten.min.default] = torch.amin
     return found | rewritten()
@@ -125,3 +127,28 @@ def _var(
 
 def _std(x: Tensor, dim: Sequence[int] | None = None, **options: Any) -> Tensor:
     return torch.sqrt(_var(x, dim, **options))
+
+
+def _vector_norm(
+    x: Tensor,
+    ord: float = 2,
+    dim: Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """By sums of powers, in float32 at least."""
+    result = dtype or x.dtype
+    size = x.to(torch.promote_types(result, torch.float32)).abs()
+    dims = list(range(x.dim()) if dim is None else dim)
+    if ord in (math.inf, -math.inf):
+        made = torch.amax(size, dims, keepdim) if ord > 0 else torch.amin(size, dims, keepdim)
+    elif ord == 0:
+        made = torch.sum((size != 0).to(size.dtype), dims, keepdim)
+    elif ord == 1:
+        made = torch.sum(size, dims, keepdim)
+    elif ord == 2:
+        made = torch.sqrt(torch.sum(size * size, dims, keepdim))
+    else:
+        made = torch.sum(size.pow(ord), dims, keepdim).pow(1 / ord)
+    return made.to(result)

@@ -167,14 +167,15 @@ def penalty(*steps: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Te
         made = z
         for step in steps:
             made = step(made)
-        (g,) = torch.autograd.grad(made.pow(2).sum(), z.features, create_graph=True)  # type: ignore[attr-defined]
+        (g,) = torch.autograd.grad((made * made).sum(), z.features, create_graph=True)  # type: ignore[attr-defined]
         return backward(F.cross_entropy(z, y) + g.pow(2).sum())
 
     return use
 
 
 def penalty_of_logits(z: Tensor, y: Tensor) -> Tensor:
-    (g,) = torch.autograd.grad(z.softmax(-1).pow(2).sum(), z, create_graph=True)
+    p = z.softmax(-1)
+    (g,) = torch.autograd.grad((p * p).sum(), z, create_graph=True)
     return backward(F.cross_entropy(z, y) + g.pow(2).sum())
 
 
@@ -251,7 +252,7 @@ STREAMED: dict[str, Callable[[Tensor, Tensor], Any]] = {
 """Uses that do not make the values."""
 
 MADE: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "two_losses": lambda z, y: backward(F.cross_entropy(z, y) + z.pow(2).mean()),
+    "two_losses": lambda z, y: backward(F.cross_entropy(z, y) + (z * z).mean()),
     "elementwise_loss": lambda z, y: backward(
         F.binary_cross_entropy_with_logits(z, F.one_hot(y, L).float(), reduction="none").sum()
     ),

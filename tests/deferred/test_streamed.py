@@ -1,0 +1,251 @@
+"""What people do with logits between a model and its loss or metric needs no values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_net import OPTIONS, L, N, Net, assert_alike, outcome
+from torch import Tensor
+
+import elmo_compile as elmo
+from elmo_compile.deferred import Deferred
+
+Use = Callable[[Tensor, Tensor], Any]
+T = N // 2
+"""The logits are [2, T, L] in what follows."""
+
+
+def loss_of(permuted: Callable[[Tensor], Tensor]) -> Use:
+    """Cross entropy whose classes are the second dimension, as torch wants them."""
+
+    def use(z: Tensor, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(permuted(z.view(2, T, L)), y.view(2, T))
+        loss.backward()
+        return loss
+
+    return use
+
+
+def trained(use: Use) -> Use:
+    """A use whose result is a loss."""
+
+    def then_backward(z: Tensor, y: Tensor) -> Tensor:
+        loss: Tensor = use(z, y)
+        loss.backward()
+        return loss
+
+    return then_backward
+
+
+def own(y: Tensor) -> Tensor:
+    return y[:, None]
+
+
+POPULAR = torch.linspace(-1, 1, L)
+SEEN = torch.tensor([[n, 3 * n + 1, L - 1] for n in range(N)])
+
+LOSSES: dict[str, Use] = {
+    "transpose": loss_of(lambda z: z.transpose(1, 2)),
+    "transpose_negative": loss_of(lambda z: torch.transpose(z, -1, -2)),
+    "permute": loss_of(lambda z: z.permute(0, 2, 1)),
+    "permute_tuple": loss_of(lambda z: z.permute((0, 2, 1))),
+    "swapaxes": loss_of(lambda z: z.swapaxes(1, 2)),
+    "movedim": loss_of(lambda z: z.movedim(-1, 1)),
+    "mT": loss_of(lambda z: z.mT),
+    "permute_contiguous": loss_of(lambda z: z.permute(0, 2, 1).contiguous()),
+    "time_first": trained(
+        lambda z, y: F.cross_entropy(
+            z.view(2, T, L).transpose(0, 1).reshape(-1, L), y.view(2, T).t().reshape(-1)
+        )
+    ),
+    "t": trained(lambda z, y: F.cross_entropy(z.t().t(), y)),
+    "narrow": trained(lambda z, y: F.cross_entropy(z.narrow(0, 1, 3), y[1:4])),
+    "narrow_keywords": trained(
+        lambda z, y: F.cross_entropy(z.narrow(dim=0, start=1, length=3), y[1:4])
+    ),
+    "select": trained(
+        lambda z, y: F.cross_entropy(z.view(2, T, L).select(1, -1), y.view(2, T)[:, -1])
+    ),
+    "index_select": trained(
+        lambda z, y: F.cross_entropy(z.index_select(0, torch.tensor([4, 0])), y[[4, 0]])
+    ),
+    "clone": trained(lambda z, y: F.cross_entropy(z.clone(), y)),
+    "clamp": trained(lambda z, y: F.cross_entropy(z.clamp(-0.2, 0.2), y)),
+    "relu_squared": trained(lambda z, y: F.cross_entropy(z.relu().square(), y)),
+    "popularity": trained(lambda z, y: F.cross_entropy(z - POPULAR, y)),
+    "minus": trained(lambda z, y: F.cross_entropy(1 - z, y)),
+    "masked_fill": trained(lambda z, y: F.cross_entropy(z.masked_fill(POPULAR > 0.9, -1e9), y)),
+    "row_scale": trained(lambda z, y: F.cross_entropy(z * torch.arange(1.0, N + 1)[:, None], y)),
+    "scatter": trained(lambda z, y: F.nll_loss(z.scatter(1, SEEN, -1e4).log_softmax(-1), y)),
+    "index_fill": trained(
+        lambda z, y: F.cross_entropy(z.index_fill(1, torch.tensor([0, 7]), -1e9), (y + 8) % L)
+    ),
+    "normalised": trained(lambda z, y: F.cross_entropy(F.normalize(z, dim=-1) / 0.1, y)),
+    "regularised": trained(lambda z, y: F.cross_entropy(z, y) + 1e-3 * z.pow(2).mean()),
+    "norm": trained(lambda z, y: F.cross_entropy(z, y) + 1e-3 * z.norm(dim=-1).mean()),
+    "deviation": trained(lambda z, y: F.cross_entropy(z, y) + 1e-3 * z.std(-1).mean()),
+    "softplus": trained(lambda z, y: F.softplus(z).sum() - z.gather(1, own(y)).sum()),
+    "take_along_dim": trained(
+        lambda z, y: -torch.take_along_dim(z.log_softmax(-1), own(y), -1).mean()
+    ),
+    "largest": trained(lambda z, y: (z.amax(-1) - z.amin(-1)).mean()),
+}
+
+METRICS: dict[str, Use] = {
+    "rank": lambda z, y: (z > z.gather(1, own(y))).sum(-1),
+    "rank_at_least": lambda z, y: torch.count_nonzero(z >= z.gather(1, own(y)), dim=-1),
+    "above": lambda z, y: (z.sigmoid() > 0.5).sum(-1),
+    "finite": lambda z, y: [torch.isfinite(z).all(), z.isnan().any()],
+    "unseen": lambda z, y: z.scatter(1, SEEN, float("-inf")).topk(4)[1],
+    "probability": lambda z, y: z.softmax(-1).amax(-1),
+    "of_permuted": lambda z, y: z.view(2, T, L).transpose(1, 2).argmax(1),
+    "norms": lambda z, y: [z.norm(dim=-1), torch.linalg.vector_norm(z, 1, -1), z.norm(3, -1)],
+    "moments": lambda z, y: [z.mean(-1), z.std(-1), z.var(-1, unbiased=False)],
+    "spread": lambda z, y: z.clamp_min(0).exp().sum(-1),
+}
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *METRICS])
+def test_no_values(name: str) -> None:
+    use = {**LOSSES, **METRICS}[name]
+    with torch.set_grad_enabled(name in LOSSES):
+        theirs, their_grads, _ = outcome(use, compiled=False)
+        mine, my_grads, z = outcome(use, compiled=True)
+    assert isinstance(z, Deferred)
+    assert z._state.values is None
+    assert_alike(mine, theirs)
+    for my_grad, their_grad in zip(my_grads, their_grads):
+        torch.testing.assert_close(my_grad, their_grad, rtol=1e-4, atol=1e-6)
+
+
+def rows_of(z: Tensor) -> list[Tensor]:
+    return [part.logsumexp(-1) for part in z.split(16)]
+
+
+PARTS: dict[str, Callable[[Tensor], Any]] = {
+    "split": rows_of,
+    "split_sizes": lambda z: [part.mean(-1) for part in torch.split(z, [16, 20, 28], dim=0)],
+    "chunk": lambda z: [part.argmax(-1) for part in z.chunk(2)],
+    "tensor_split": lambda z: [part.amax(-1) for part in z.tensor_split((20, 40))],
+    "unbind": lambda z: [part.logsumexp(-1) for part in z.view(2, 32, L).unbind(0)],
+    "unbind_second": lambda z: [part.logsumexp(-1) for part in z.view(32, 2, L).unbind(1)],
+    "loop": lambda z: [part.logsumexp(-1) for part in z.view(2, 32, L)],
+}
+
+
+def deferred(rows: int, *, head: bool = False, **options: Any) -> tuple[Any, Tensor]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = Net()
+    model.head.requires_grad_(head)
+    run: Any = torch.compile(model, backend="elmo", options={**OPTIONS, **options})
+    return run(torch.randn(rows, 8)), model
+
+
+@pytest.mark.parametrize("name", list(PARTS))
+def test_parts_of_the_rows(name: str) -> None:
+    z, _ = deferred(64)
+    expected = PARTS[name](deferred(64)[0].materialize())
+    assert_alike(list(PARTS[name](z)), list(expected))
+    assert z._state.values is None
+
+
+def test_the_features_gradient_of_parts() -> None:
+    grads = []
+    for take in (lambda z: z, lambda z: z.materialize()):
+        z, model = deferred(64)
+        sum(part.mean() for part in rows_of(take(z))).backward()  # type: ignore[union-attr]
+        grads.append(model.encoder.weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(
+    ("rows", "head", "take"),
+    [
+        (64, True, lambda z: z.split(16)),  # a gradient of the weight for each
+        (64, False, lambda z: z.split(4)),  # a pass over the weight for 4 rows
+        (64, False, lambda z: z.split(100, 1)),  # not rows
+    ],
+)
+def test_parts_that_are_made(rows: int, head: bool, take: Callable[[Any], Any]) -> None:
+    z, _ = deferred(rows, head=head)
+    parts = take(z)
+    assert z._state.values is not None
+    assert_alike(list(parts), list(take(z.materialize())))
+
+
+def test_arguments_are_as_they_were() -> None:
+    z, _ = deferred(8)
+    mask, seen = torch.zeros(L, dtype=torch.bool), torch.tensor([[0], [1]] * 4)
+    mask[3] = True
+    masked, scattered = z.masked_fill(mask, 50.0), z.scatter(1, seen, 60.0)
+    above = z.detach() > 1000 * mask
+    mask.fill_(True)
+    seen.fill_(9)
+    assert masked.argmax(-1).tolist() == [3] * 8
+    assert scattered.argmax(-1).tolist() == [0, 1] * 4
+    assert above[:, 3].sum() == 0
+    assert z._state.values is None
+
+
+def test_large_arguments_make_the_values() -> None:
+    z, _ = deferred(8)
+    dense = torch.randn(8, L)
+    assert (z.detach() + dense).shape == (8, L)
+    assert z._state.values is not None
+
+
+def test_a_fused_head_of_permuted_logits_is_updated() -> None:
+    weights = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model: Any = Net()
+        kind = elmo.optim.SGD if compiled else torch.optim.SGD
+        opt: Any = kind(model.parameters(), lr=0.5)
+        options = {**OPTIONS, "deferred_logits": True}
+        run = torch.compile(model, backend="elmo", options=options) if compiled else model
+        for _ in range(2):
+            x, y = torch.randn(2, T, 8), torch.randint(L, (2, T))
+            z = run(x)
+            F.cross_entropy(z.transpose(1, 2).clamp(-1, 1), y).backward()
+            opt.step()
+            opt.zero_grad()
+        weights.append(model.head.weight.detach())
+    assert elmo.last_report().matches[0].fused_update
+    assert z._state.values is None  # type: ignore[attr-defined]
+    torch.testing.assert_close(*weights)
+
+
+KEPT: dict[str, Callable[[Tensor], Tensor]] = {
+    "narrow": lambda z: z.narrow(0, 2, 3).argmax(-1),
+    "select": lambda z: z.view(2, 4, L).select(1, 1).argmax(-1),
+    "index_select": lambda z: z.index_select(0, torch.tensor([5, 1])).argmax(-1),
+    "time_first": lambda z: z.view(2, 4, L).transpose(0, 1).argmax(-1),
+    "clone": lambda z: z.clone().topk(2)[1],
+}
+
+
+@pytest.mark.parametrize("name", list(KEPT))
+def test_rows_of_stale_logits_still_answer(name: str) -> None:
+    z, model = deferred(8, head=True, deferred_logits=True)
+    expected = KEPT[name](model(torch.zeros(8, 8)) * 0 + z.materialize())
+    z, model = deferred(8, head=True, deferred_logits=True)
+    torch.optim.SGD(model.parameters(), lr=0.5).step()  # no gradients: not stale
+    F.cross_entropy(z, torch.arange(8)).backward()
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    assert torch.equal(KEPT[name](z), expected)
+    assert z._state.values is None
+
+
+@pytest.mark.parametrize("other", [lambda z: z.exp(), lambda z: z > 0, lambda z: z.softmax(-1)])
+def test_what_nothing_could_be_read_of_is_stale_at_once(other: Callable[[Tensor], Tensor]) -> None:
+    z, model = deferred(8, head=True, deferred_logits=True)
+    F.cross_entropy(z, torch.arange(8)).backward()
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    with pytest.raises(elmo.StaleLogitsError):
+        other(z)
