@@ -74,7 +74,7 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
         args[0].replace_values(args[1])
         return None
-    logits, rest, named = _logits_first(args, kwargs)
+    logits, rest, named, others = _logits_first(args, kwargs)
     if logits is None:
         return NotImplemented
     state = logits._state
@@ -98,7 +98,7 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in PARTS:
         return _parts(func, logits, rest, named)
     step = _kept(func, logits, rest, named)
-    made = None if step is None else derive(logits, step)
+    made = None if step is None else derive(logits, step, others)
     return NotImplemented if made is None else made
 
 
@@ -187,19 +187,42 @@ def _fused(logits: Deferred, root: Root) -> bool:
 
 def _logits_first(
     args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Deferred | None, tuple[Any, ...], dict[str, Any]]:
-    """The one deferred tensor that is not a program's to make, if it is the first argument, and
-    the other arguments."""
+) -> tuple[Deferred | None, tuple[Any, ...], dict[str, Any], list[Deferred]]:
+    """The one deferred tensor that is not a program's to make, if it is the first argument; the
+    other arguments; and the deferred tensors among these, if a program makes them."""
     if args:
         first, rest, named = args[0], args[1:], kwargs
     else:
         named = dict(kwargs)
         first, rest = named.pop("input", None), ()
     rest, named = pytree.tree_map(made_by_program, (rest, named))
-    others = pytree.tree_leaves((rest, named))
-    if not isinstance(first, Deferred) or any(isinstance(other, Deferred) for other in others):
-        return None, (), {}
-    return first, rest, named
+    others = [other for other in pytree.tree_leaves((rest, named)) if isinstance(other, Deferred)]
+    if not isinstance(first, Deferred):
+        return None, (), {}, []
+    if others:
+        if not all(_of_same_logits(first, other) for other in others):
+            return None, (), {}, []
+        rest, named = pytree.tree_map_only(Deferred, _again, (rest, named))
+    return first, rest, named, others
+
+
+MOST_STEPS = 64
+"""Of an argument that is made of the logits again: a value used twice is written twice."""
+
+
+def _of_same_logits(first: Deferred, other: Deferred) -> bool:
+    """Whether a program of the first can make the other, which takes no gradient: that of an
+    operation goes to its first argument alone."""
+    root, steps = other._state.recipe()
+    if not isinstance(root, Root) or root is not first._state.recipe()[0]:
+        return False
+    if torch.is_grad_enabled() and (first.requires_grad or other.requires_grad):
+        return False
+    return other.untouched and sum(step.size for step in steps) <= MOST_STEPS
+
+
+def _again(other: Deferred) -> Argument:
+    return Argument(None, other._state.recipe()[1])
 
 
 _SMALL = 8
@@ -213,7 +236,7 @@ def _stays(func: Any, rest: tuple[Any, ...], named: dict[str, Any], logits: Defe
     given = pytree.tree_leaves((rest, named))
     tensors = [g for g in given if isinstance(g, Tensor)]
     grad = torch.is_grad_enabled()
-    if any(isinstance(g, Argument) for g in given) or any(
+    if any(isinstance(g, Argument) and not g.of_logits for g in given) or any(
         t.requires_grad and grad for t in tensors
     ):
         return False
@@ -376,7 +399,8 @@ def _reduces(state: State, step: Step) -> bool:
     """Whether the result has lost the outputs."""
     try:
         with FAKES, torch.no_grad():
-            made = step(state.fake, [fake(tensor) for tensor in step.tensors])
+            given = [fake(tensor) for tensor in step.tensors]
+            made = step(state.fake, given, _root(state).fake)
     except Exception:  # Whatever it is, the operation itself raises it better.
         return False
     outputs = _root(state).fake.shape[-1]

@@ -137,19 +137,24 @@ def defer(
     return made.materialize()
 
 
-def derive(logits: Deferred, step: Step) -> Tensor | None:
-    """`step` of deferred logits as deferred logits; None if it is not one tensor of known shape."""
+def derive(logits: Deferred, step: Step, others: Sequence[Deferred] = ()) -> Tensor | None:
+    """`step` of deferred logits as deferred logits; None if it is not one tensor of known shape.
+
+    Args:
+        others: deferred tensors of the same logits among the step's arguments.
+    """
     state = logits._state
+    root, _ = state.recipe()
     try:
         with FAKES, torch.no_grad():
-            made = step(state.fake, [fake(tensor) for tensor in step.tensors])
+            made = step(state.fake, [fake(tensor) for tensor in step.tensors], root.fake)
     except Exception:  # Whatever it is, the operation itself raises it better.
         return None
     if not isinstance(made, Tensor) or made.ndim == 0 < state.fake.ndim:
         return None  # One number: nothing that streams is made of it.
     if made is logits._state.fake:
         return logits  # As torch does: a cast to the dtype it has is the tensor itself.
-    state = Derived(logits, logits._state, step.frozen(), made)
+    state = Derived(logits, logits._state, step.frozen(), made, others)
     derived: Deferred
     if state.is_view:
         derived = autograd_view(logits, step)

@@ -97,8 +97,9 @@ class Origin:
         """The logits, computed as the program has it."""
         with self.modes():
             z: Tensor = self.output.recipe(*inputs)
+            root = z
             for step in steps:
-                z = step(z)
+                z = step(z, root=root)
         return z
 
     def top(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -176,7 +177,7 @@ class Origin:
 def _behind(steps: Sequence[Step]) -> fx.GraphModule:
     """The steps as one graph: of the logits and of every step's tensors."""
     graph = fx.Graph()
-    z = last = graph.placeholder("logits")
+    root = z = last = graph.placeholder("logits")
     given = 0
     for step in steps:
         tensors = []
@@ -185,7 +186,7 @@ def _behind(steps: Sequence[Step]) -> fx.GraphModule:
             with graph.inserting_after(last):
                 last = graph.placeholder(f"given_{given}")
             tensors.append(last)
-        z = step.emit(graph, z, tensors)
+        z = step.emit(graph, z, tensors, root)
     graph.output(z)
     return fx.GraphModule({}, graph)
 

@@ -237,13 +237,23 @@ class Root(State):
 class Derived(State):
     """A cast, a view or another step after a state."""
 
-    def __init__(self, source: Tensor, state: State, step: Step, made: Tensor) -> None:
+    def __init__(
+        self,
+        source: Tensor,
+        state: State,
+        step: Step,
+        made: Tensor,
+        others: Sequence[Tensor] = (),
+    ) -> None:
         super().__init__(made)
         self.source = source
         """The deferred tensor the step is applied to."""
+        self._others = others
+        """Deferred tensors of the same logits among the step's other arguments."""
         self.parent, self.step = state, step
         if not self.is_view:
-            state.memory.copies.add(self)
+            for parent in (state, *(other._state for other in others)):  # type: ignore[attr-defined]
+                parent.memory.copies.add(self)
 
     @property
     def memory(self) -> State:
@@ -252,7 +262,7 @@ class Derived(State):
     @property
     def source_changed(self) -> bool:
         """Whether someone wrote into what the step is applied to."""
-        return bool(self.source.written)  # type: ignore[attr-defined]
+        return any(one.written for one in (self.source, *self._others))  # type: ignore[attr-defined]
 
     @property
     def available(self) -> bool:
@@ -277,7 +287,13 @@ class Derived(State):
         return bool(self.fake.untyped_storage()._cdata == root_bytes)
 
     def _make(self) -> Tensor:
-        made: Tensor = self.step(self.before())
+        root, _ = self.recipe()
+        if not self.step.reads_logits:
+            made: Tensor = self.step(self.before())
+        elif self.source_changed:
+            made = root.remake(self.recipe()[1])
+        else:
+            made = self.step(self.before(), root=root.real())
         return made
 
     def top(self) -> tuple[Tensor, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,33 +15,44 @@ from torch.utils import _pytree as pytree
 
 
 class Argument:
-    """A tensor argument that a program makes: of a given tensor, by steps.
+    """A tensor argument that a program makes by steps: of a given tensor, or of the logits.
 
     Args:
-        source: what the first step is applied to.
-        steps: one at least.
+        source: what the first step is applied to; None for what the whole program's first is.
+        steps: one at least, for a given tensor.
     """
 
-    def __init__(self, source: Tensor, steps: Sequence[Step]) -> None:
+    def __init__(self, source: Tensor | None, steps: Sequence[Step]) -> None:
+        self.of_logits = source is None
         self._steps = steps
-        self.tensors = [source, *(tensor for step in steps for tensor in step.tensors)]
-        self.key = tuple(step.key for step in steps)
+        given = [] if source is None else [source]
+        self.tensors = [*given, *(tensor for step in steps for tensor in step.tensors)]
+        self.key = self.of_logits, *(step.key for step in steps)
 
-    def __call__(self, tensors: Sequence[Any]) -> Any:
-        """The argument, made of these in place of its own tensors."""
-        return self._apply(tensors, Step.__call__)
+    @property
+    def size(self) -> int:
+        """Operations."""
+        return sum(step.size for step in self._steps)
 
-    def emit(self, graph: fx.Graph, tensors: Sequence[fx.Node]) -> fx.Node:
+    def __call__(self, tensors: Sequence[Any], root: Any = None) -> Any:
+        """The argument, made of these in place of its own tensors, or of `root`."""
+        return self._apply(tensors, root, Step.__call__)
+
+    def emit(self, graph: fx.Graph, tensors: Sequence[fx.Node], root: fx.Node) -> fx.Node:
         """The same as a node."""
-        node: fx.Node = self._apply(tensors, lambda step, z, own: step.emit(graph, z, own))
+        node: fx.Node = self._apply(tensors, root, functools.partial(_emit, graph))
         return node
 
-    def _apply(self, tensors: Sequence[Any], apply: Callable[..., Any]) -> Any:
-        made, *rest = tensors
-        left = iter(rest)
+    def _apply(self, tensors: Sequence[Any], root: Any, apply: Callable[..., Any]) -> Any:
+        left = iter(tensors)
+        made = root if self.of_logits else next(left)
         for step in self._steps:
-            made = apply(step, made, list(itertools.islice(left, len(step.tensors))))
+            made = apply(step, made, list(itertools.islice(left, len(step.tensors))), root)
         return made
+
+
+def _emit(graph: fx.Graph, step: Step, *values: Any) -> fx.Node:
+    return step.emit(graph, *values)
 
 
 class Step:
@@ -77,9 +89,25 @@ class Step:
             return first % ndim != ndim - 1
         return isinstance(first, tuple) and first[-1] % ndim == ndim - 1
 
-    def __call__(self, z: Any, tensors: Sequence[Any] | None = None) -> Any:
-        """Run it; with other tensors in place of its own, if given."""
-        args, kwargs = self.arguments(tensors)
+    @property
+    def size(self) -> int:
+        """Operations, its arguments' included."""
+        return 1 + sum(leaf.size for leaf in self._leaves if isinstance(leaf, Argument))
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether an argument beside the first is made of the logits, too."""
+        return any(isinstance(leaf, Argument) and leaf.of_logits for leaf in self._leaves)
+
+    def __call__(self, z: Any, tensors: Sequence[Any] | None = None, root: Any = None) -> Any:
+        """Run it.
+
+        Args:
+            z: what it is a step of.
+            tensors: in place of its own.
+            root: the logits that the first step was applied to, for a step that `reads_logits`.
+        """
+        args, kwargs = self.arguments(tensors, lambda made, own: made(own, root))
         if not isinstance(z, Tensor) or self.in_mode(z.device.type):
             return self.func(z, *args, **kwargs)
         enabled, dtype = self._modes[z.device.type]
@@ -90,9 +118,11 @@ class Step:
         """Whether the autocast mode of this kind of device is now what it was then."""
         return device not in self._modes or self._modes[device] == _autocast(device)
 
-    def emit(self, graph: fx.Graph, z: fx.Node, tensors: Sequence[fx.Node]) -> fx.Node:
+    def emit(
+        self, graph: fx.Graph, z: fx.Node, tensors: Sequence[fx.Node], root: fx.Node
+    ) -> fx.Node:
         """The same as a node."""
-        args, kwargs = self.arguments(tensors, lambda made, own: made.emit(graph, own))
+        args, kwargs = self.arguments(tensors, lambda made, own: made.emit(graph, own, root))
         name = getattr(self.func, "__name__", "")
         if getattr(torch.Tensor, name, None) is self.func:
             return graph.call_method(name, (z, *args), kwargs)

@@ -105,6 +105,13 @@ METRICS: dict[str, Use] = {
     "of_permuted": lambda z, y: z.view(2, T, L).transpose(1, 2).argmax(1),
     "norms": lambda z, y: [z.norm(dim=-1), torch.linalg.vector_norm(z, 1, -1), z.norm(3, -1)],
     "moments": lambda z, y: [z.mean(-1), z.std(-1), z.var(-1, unbiased=False)],
+    "entropy": lambda z, y: z.logsumexp(-1) - (z.softmax(-1) * z).sum(-1),
+    "entropy_of_logs": lambda z, y: -(z.softmax(-1) * z.log_softmax(-1)).sum(dim=-1),
+    "contrast": lambda z, y: F.mse_loss(z[1:], z[:-1]),
+    "sharpened": lambda z, y: F.kl_div(
+        z.log_softmax(-1), (z * 2).softmax(-1), reduction="batchmean"
+    ),
+    "squared": lambda z, y: torch.mul(z, other=z).sum(-1),
     "spread": lambda z, y: z.clamp_min(0).exp().sum(-1),
 }
 
@@ -249,3 +256,38 @@ def test_what_nothing_could_be_read_of_is_stale_at_once(other: Callable[[Tensor]
     torch.optim.SGD(model.parameters(), lr=0.5).step()
     with pytest.raises(elmo.StaleLogitsError):
         other(z)
+
+
+@pytest.mark.parametrize("options", [{}, {"deferred_logits": True}], ids=["small", "large"])
+@pytest.mark.parametrize("written", ["logits", "softmax", "view"])
+def test_a_product_of_two_is_as_it_was(written: str, options: dict[str, Any]) -> None:
+    found = []
+    for take in (lambda z: z, lambda z: z.materialize()):
+        z = take(deferred(8, **options)[0])
+        with torch.no_grad():
+            p = z.softmax(-1)
+            product = p * z
+            {"logits": z, "softmax": p, "view": z[1:]}[written].zero_()
+            found += [product.sum(-1), product + 0, p.sum(-1), z.sum(-1)]
+    assert_alike(found[:4], found[4:])
+
+
+def test_a_product_with_a_gradient_is_made() -> None:
+    grads = []
+    for take in (lambda z: z, lambda z: z.materialize()):
+        z, model = deferred(8, head=True)
+        z = take(z)
+        (z.softmax(-1) * z).sum().backward()
+        grads.append(model.head.weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_values_used_again_and_again() -> None:
+    """Each use is written out: beyond a limit the values are made instead."""
+    z, _ = deferred(8)
+    expected = z.materialize().double()
+    with torch.no_grad():
+        made = z.double() / 30
+        for _ in range(9):
+            made = made * made
+        assert_alike(made.sum(-1), (expected / 30).pow(512).sum(-1))
