@@ -21,6 +21,7 @@ from elmo_compile.deferred.step import Argument, Step, as_argument
 from elmo_compile.deferred.tables import (
     AUTOCAST,
     CALLS_PYTHON,
+    COMPARISONS,
     DETACHES,
     LOSSES,
     OTHER_VALUES,
@@ -235,7 +236,7 @@ def _stays(func: Any, rest: tuple[Any, ...], named: dict[str, Any], logits: Defe
     name = func.__name__
     given = pytree.tree_leaves((rest, named))
     tensors = [g for g in given if isinstance(g, Tensor)]
-    grad = torch.is_grad_enabled()
+    grad = torch.is_grad_enabled() and func not in COMPARISONS
     if any(isinstance(g, Argument) and not g.of_logits for g in given) or any(
         t.requires_grad and grad for t in tensors
     ):

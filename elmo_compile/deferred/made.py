@@ -38,7 +38,7 @@ def read_by(operation: str) -> str:
         file, line = frame.f_code.co_filename, frame.f_lineno
         where = f" at {file}:{line}: {linecache.getline(file, line).strip()}"
     return (
-        f"`{operation}` read them{where} (remedy: only a loss of torch.nn.functional, argmax or "
-        "topk of them, where no update is fused also gather or logsumexp; or move what reads them "
-        "into the compiled function)"
+        f"`{operation}` read them{where} (remedy: what streams is listed in docs/logits.md: losses "
+        "of torch.nn.functional, argmax and topk of them; where no update is fused also parts of "
+        "losses, gather or logsumexp; or move what reads them into the compiled function)"
     )

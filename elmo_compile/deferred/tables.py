@@ -13,14 +13,19 @@ import torch.nn.functional as F
 
 def _methods(*names: str) -> set[Any]:
     """Methods of Tensor, and functions of torch by the same names."""
-    places = (torch.Tensor, torch)
-    return {found for name in names for p in places if (found := getattr(p, name, None))}
+    found = {getattr(place, name, None) for name in names for place in (torch.Tensor, torch)}
+    return {one for one in found if callable(one)}  # torch.float is a dtype
 
 
-SCALES = _methods(
+COMPARISONS = _methods(
+    "gt", "ge", "lt", "le", "eq", "ne", "__gt__", "__ge__", "__lt__", "__le__", "__eq__", "__ne__",
+    "greater", "greater_equal", "less", "less_equal", "not_equal",
+)  # fmt: skip
+"""Have no gradient, whatever their arguments have."""
+
+SCALES = COMPARISONS | _methods(
     "mul", "div", "add", "sub", "__mul__", "__rmul__", "__truediv__", "__add__", "__radd__",
-    "__sub__", "multiply", "divide", "true_divide", "gt", "ge", "lt", "le", "__gt__", "__ge__",
-    "__lt__", "__le__", "greater", "greater_equal", "less", "less_equal",
+    "__sub__", "multiply", "divide", "true_divide", "subtract",
 )  # fmt: skip
 """Take a number that is a tensor to the program: an annealed temperature is one program."""
 
@@ -28,11 +33,11 @@ SELECTS = _methods("narrow", "select", "index_select", "__getitem__")
 """Rows, where they leave the outputs whole."""
 
 ELEMENTWISE = SCALES | _methods(
-    "neg", "negative", "__neg__", "__rsub__", "__rtruediv__", "subtract", "sigmoid", "tanh", "exp",
+    "neg", "negative", "__neg__", "__rsub__", "__rtruediv__", "sigmoid", "tanh", "exp",
     "log", "log1p", "expm1", "sqrt", "rsqrt", "square", "pow", "__pow__", "abs", "absolute",
     "__abs__", "reciprocal", "clamp", "clip", "clamp_min", "clamp_max", "relu", "sign",
-    "nan_to_num", "masked_fill", "where", "maximum", "minimum", "eq", "ne", "__eq__", "__ne__",
-    "isnan", "isinf", "isfinite", "logical_not", "__invert__", "bitwise_not",
+    "nan_to_num", "masked_fill", "where", "maximum", "minimum", "isnan", "isinf",
+    "isfinite", "logical_not", "__invert__", "bitwise_not",
 ) | {F.logsigmoid, F.softplus}  # fmt: skip
 """Each entry by itself, with numbers, and tensors that are small beside the logits."""
 

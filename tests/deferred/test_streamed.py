@@ -129,6 +129,21 @@ def test_no_values(name: str) -> None:
         torch.testing.assert_close(my_grad, their_grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("other", [torch.gt, torch.ne, torch.Tensor.__le__])
+def test_comparisons_with_what_has_a_gradient(other: Any) -> None:
+    def use(z: Tensor, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(z, y)
+        loss.backward()
+        return other(z, z.gather(1, own(y)) + 0.1).sum(-1)
+
+    mine, my_grads, z = outcome(use, compiled=True)
+    theirs, their_grads, _ = outcome(use, compiled=False)
+    assert z._state.values is None  # type: ignore[attr-defined]
+    assert torch.equal(mine, theirs)
+    for my_grad, their_grad in zip(my_grads, their_grads):
+        torch.testing.assert_close(my_grad, their_grad, rtol=1e-4, atol=1e-6)
+
+
 def rows_of(z: Tensor) -> list[Tensor]:
     return [part.logsumexp(-1) for part in z.split(16)]
 
