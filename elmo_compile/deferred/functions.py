@@ -139,7 +139,7 @@ def _parts(func: Any, logits: Deferred, rest: Any, named: Any) -> Any:
     """
     state = logits._state
     root, _ = state.recipe()
-    outputs = root.fake.shape[-1] if isinstance(root, Root) else 0
+    outputs = state.outputs
     dim = named.get("dim", (*rest, *([0] * 2))[0 if func.__name__ == "unbind" else 1])
     by_rows = isinstance(dim, int) and logits.ndim > 1 and dim % logits.ndim != logits.ndim - 1
     if not (by_rows and state.fake.shape[-1] == outputs) or _trained(logits, root):
@@ -167,7 +167,7 @@ def _trained(logits: Deferred, root: State) -> bool:
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return False
     inputs = root.inputs if isinstance(root, Root) else ()
-    outputs = root.fake.shape[-1]
+    outputs = logits._state.outputs
     return any(
         isinstance(v, Tensor) and v.requires_grad and v.ndim > 1 and outputs in v.shape
         for v in inputs
@@ -251,7 +251,7 @@ def _stays(func: Any, rest: tuple[Any, ...], named: dict[str, Any], logits: Defe
         return bool(given)
     if name == "__getitem__":
         return True
-    most = max(logits.numel() // _SMALL, logits._state.recipe()[0].fake.shape[-1])
+    most = max(logits.numel() // _SMALL, logits._state.outputs)
     return all(t.numel() == 1 or t.numel() <= most for t in tensors)
 
 
@@ -404,7 +404,7 @@ def _reduces(state: State, step: Step) -> bool:
             made = step(state.fake, given, _root(state).fake)
     except Exception:  # Whatever it is, the operation itself raises it better.
         return False
-    outputs = _root(state).fake.shape[-1]
+    outputs = state.outputs
     return all(
         isinstance(part, Tensor)
         and part.numel() < state.fake.numel()

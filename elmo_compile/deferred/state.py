@@ -60,6 +60,12 @@ class State:
         size = self.fake.numel() * self.fake.element_size()
         return isinstance(root, Root) and size > root.origin.keeps_whole
 
+    @property
+    def outputs(self) -> int:
+        """How many numbers a row of the root has."""
+        root, _ = self.recipe()
+        return root.fake.shape[-1] if root.fake.ndim else 1
+
     def overwrite(self) -> None:
         """The values are about to be written to, or their memory was handed out: the recipe does
         not stand for them any more. Small copies that are still to be made are made now."""

@@ -11,7 +11,8 @@ from elmo_compile.deferred import tables
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "logits.md"
 OTHER_NAMES = {
     "multiply": "mul", "rmul": "mul", "divide": "div", "true_divide": "div", "truediv": "div",
-    "rtruediv": "div", "rdiv": "div", "log_sigmoid": "logsigmoid", "radd": "add", "subtract": "sub", "rsub": "sub", "negative": "neg",
+    "rtruediv": "div", "rdiv": "div", "log_sigmoid": "logsigmoid",
+    "radd": "add", "subtract": "sub", "rsub": "sub", "negative": "neg",
     "absolute": "abs", "invert": "bitwise_not", "greater": "gt", "greater_equal": "ge",
     "less": "lt", "less_equal": "le", "not_equal": "ne", "getitem": "[...]",
     "iter": "for part in logits", "linalg_vector_norm": "vector_norm",
