@@ -14,6 +14,7 @@ _OPS = (
     "in_range",
     "linear",
     "multi_hot",
+    "rounded",
     "scale",
     "sharded_linear",
 )

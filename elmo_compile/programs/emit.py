@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from elmo_compile.ops.rounded import round_through
 from elmo_compile.programs import local
 from elmo_compile.programs.extent import (
     LIKE,
@@ -33,6 +34,12 @@ _COMBINES: dict[Any, Combine] = {
     aten.min.dim: "argmin", aten.topk.default: "topk", aten.gather.default: "sum",
     aten.index.Tensor: "sum",
 }  # fmt: skip
+
+_COMPILED: dict[Any, Any] = {
+    torch.ops.elmo.rounded.default: round_through,
+    torch.ops.elmo.cut.default: aten.clone.default,
+}
+"""What a chunk's graph has in place of an operation that compilers do not look into."""
 
 
 def walk(
@@ -183,7 +190,7 @@ class _Emitter:
             return self.call(target, *lead, self.sizes(args[skip], place), *rest, **node.kwargs)
         if is_pointwise(node) or target in LIKE:
             mapped = [self.value(a, dim) for a in args]
-            return self.call(target, *mapped, **node.kwargs)
+            return self.call(_COMPILED.get(target, target), *mapped, **node.kwargs)
         if target in VIEWS:
             return self.call(aten.reshape.default, self.value(args[0]), self.sizes(args[1], place))
         if target is aten.expand.default:

@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from elmo_compile.ops import cut, linear, multi_hot  # noqa: F401  (their ops are named below)
+from elmo_compile.ops import cut, linear, multi_hot, rounded  # noqa: F401  (their ops are named below)
 from elmo_compile.programs.record import Unsupported
 
 aten = torch.ops.aten
@@ -31,7 +31,7 @@ LIKE = frozenset({aten.full_like.default, aten.zeros_like.default, aten.ones_lik
 COPIES = frozenset(
     {aten.alias.default, aten.clone.default, aten.detach.default, torch.ops.elmo.cut.default,
      aten._to_copy.default, aten.lift_fresh_copy.default, aten.contiguous.default,
-     torch.ops.prims.convert_element_type.default}
+     torch.ops.elmo.rounded.default, torch.ops.prims.convert_element_type.default}
 )  # fmt: skip
 VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 REDUCTIONS = frozenset(

@@ -19,10 +19,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from elmo_compile.ops.cut import cut
 from elmo_compile.ops.in_range import in_range
+from elmo_compile.ops.rounded import rounded
 from elmo_compile.programs.decompositions import rewritten, table
 from elmo_compile.programs.record import Unsupported
 
 aten = torch.ops.aten
+
+_COMPARISONS = {
+    getattr(getattr(aten, name), kind)
+    for name in ("gt", "ge", "lt", "le", "eq", "ne")
+    for kind in ("Tensor", "Scalar")
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,7 +161,17 @@ class _Rerun(fx.Interpreter):
             return aten.one_hot.default(numbers, *end)
         if _leads_to_product(n, self.known):
             return None
+        if n.target in _COMPARISONS:
+            (one, other), _ = self.fetch_args_kwargs_from_env(n)
+            return n.target(*map(self._as_stored, n.args, (one, other)))  # type: ignore[operator]
         return super().run_node(n)
+
+    def _as_stored(self, arg: Any, value: Any) -> Any:
+        """An operand of a comparison, rounded as the user's program has it."""
+        stored = arg.meta["val"].dtype if isinstance(value, Tensor) else self.work
+        if not stored.is_floating_point or stored.itemsize >= self.work.itemsize:
+            return value
+        return rounded(cut(value), stored)
 
 
 def bias_of(product: fx.Node) -> fx.Node | None:

@@ -306,3 +306,27 @@ def test_values_used_again_and_again() -> None:
         for _ in range(9):
             made = made * made
         assert_alike(made.sum(-1), (expected / 30).pow(512).sum(-1))
+
+
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_no_logit_is_larger_than_itself(dtype: torch.dtype, lower: str) -> None:
+    """Programs compute in float32; what they return, and what is compared, is rounded."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    rows, outputs = 64, 20_000  # enough for code that is compiled
+    model: Any = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, outputs))
+    model.to(dtype)
+    run = torch.compile(model, backend="elmo", options={"lower": lower})
+    y = torch.randint(outputs, (rows, 1))
+    with torch.no_grad():
+        z = run(torch.randn(rows, 8, dtype=dtype))
+        own, best = z.gather(1, y), z.amax(-1, keepdim=True)
+        above, at_least, largest = (z > own).sum(-1), (z >= own).sum(-1), (z >= best).sum(-1)
+        assert z._state.values is None
+        values = torch.cat(
+            [z.gather(1, torch.arange(n, n + 1).expand(rows, 1)) for n in range(3)], 1
+        )
+    assert (at_least > above).all()
+    assert (largest >= 1).all()
+    assert torch.equal((z[:, :3] > own).sum(-1), (values > own).sum(-1))
