@@ -112,7 +112,7 @@ def _kept(func: Any, logits: Deferred, rest: tuple[Any, ...], named: dict[str, A
         return None
     root, _ = logits._state.recipe()
     if func in OTHER_VALUES and isinstance(root, Root) and not logits._state.available:
-        root.check()  # Where nothing could be read of the result, that is said here.
+        root.check(may_wait=False)  # Where nothing could be read of the result, it is said here.
     rest = _with_tensor_scale(logits, rest) if func in SCALES else rest
     return Step(func, *_indexed(func, rest), named)
 
@@ -353,10 +353,10 @@ def _streamed(logits: Deferred, step: Step) -> Any:
     device = state.fake.device.type
     if any(s.func in AUTOCAST and not s.in_mode(device) for s in steps):
         return NotImplemented  # The program runs in one mode, that of now.
-    root.check()
+    grad = torch.is_grad_enabled() and logits.requires_grad
+    root.check(may_wait=not grad)
     steps = [*steps, step]
     tensors = [tensor for s in steps for tensor in s.tensors]
-    grad = torch.is_grad_enabled() and logits.requires_grad
     with torch.set_grad_enabled(grad or any(tensor.requires_grad for tensor in tensors)):
         inputs = root.inputs if grad else [_detached(value) for value in root.inputs]
         with (

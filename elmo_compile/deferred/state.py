@@ -145,7 +145,8 @@ class Root(State):
         self.inputs = tuple(self._held(value) for value in inputs)
         self.data_parallel = active_wrapper()
         """The DistributedDataParallel in whose forward they were made: their losses are its."""
-        self._versions = [version(value) for value in self.inputs]
+        self._versions = [_identity(value) for value in self.inputs]
+        self._samples = [_Sample(value) for value in self.inputs if _is_weight(value)]
         self._outdated = False
         self._top: tuple[Tensor, ...] | None = None
         for value in self.inputs:
@@ -181,10 +182,16 @@ class Root(State):
     @property
     def stale(self) -> bool:
         """Whether an input changed since the forward."""
-        return self._outdated or [version(value) for value in self.inputs] != self._versions
+        return self._outdated or [_identity(value) for value in self.inputs] != self._versions
 
-    def check(self) -> None:
-        """Raise StaleLogitsError if the values can no longer be made."""
+    def check(self, *, may_wait: bool = True) -> None:
+        """Raise StaleLogitsError if the values can no longer be made.
+
+        Args:
+            may_wait: for a GPU, to look whether the weight was written uncounted.
+        """
+        if not self.stale and (may_wait or self.fake.device.type == "cpu"):
+            self._outdated = not all(sample.holds() for sample in self._samples)
         if self.in_graph and not capturing(self.fake.device):
             raise StaleLogitsError(
                 "the logits were deferred while a CUDA graph was captured, and were not read then: "
@@ -196,8 +203,14 @@ class Root(State):
                 "the logits were deferred, and the weight or features they are made from changed "
                 "since (an update in backward(), optimizer.step(), or a write). Read them before "
                 "backward(), call `.materialize()` on them, or compile with "
-                "options={'deferred_logits': False}; argmax and topk(k <= 5) of each row were kept"
+                f"options={{'deferred_logits': False}}; {self._kept}"
             )
+
+    @property
+    def _kept(self) -> str:
+        if self._top is None and self._collected is None:
+            return "no optimizer's step announced the change, so nothing was kept"
+        return "argmax and topk(k <= 5) of each row were kept"
 
     def _make(self) -> Tensor:
         return self.remake(())
@@ -339,6 +352,40 @@ def _keep(copies: Iterable[Derived]) -> None:
         if not copy.large:
             with contextlib.suppress(StaleLogitsError):
                 copy.real()
+
+
+def _is_weight(value: Any) -> bool:
+    return type(value) is torch.nn.Parameter and value.ndim == 2 and value.numel() > 0
+
+
+def _identity(value: Any) -> tuple[int, int]:
+    """Changes with counted writes, and with `weight.data = other`."""
+    return version(value), value.data_ptr() if _is_weight(value) else 0
+
+
+class _Sample:
+    """Some elements of a weight: what writes through `.data` (weights averaged or merged in place)
+    changes all of it, uncounted."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self._bytes = None if capturing(weight.device) else self._read()
+
+    def holds(self) -> bool:
+        """Whether they are what they were; a GPU is waited for."""
+        if self._bytes is None or capturing(self._weight.device):
+            return True
+        now = self._read()
+        return now.device == self._bytes.device and torch.equal(now, self._bytes)
+
+    def _read(self) -> Tensor:
+        rows, columns = (max(1, size // many) for size, many in zip(self._weight.shape, (64, 4)))
+        with torch.no_grad():
+            return (
+                self._weight.detach()[::rows, ::columns]
+                .clone(memory_format=torch.contiguous_format)
+                .view(torch.uint8)
+            )
 
 
 def version(value: Any) -> int:

@@ -214,6 +214,48 @@ def test_never_new_weights() -> None:
             read()
 
 
+def averaged(weight: Any, other: torch.Tensor) -> None:
+    weight.data.copy_(other)
+
+
+def merged(weight: Any, other: torch.Tensor) -> None:
+    weight.data += other - weight.data
+
+
+def swapped(weight: Any, other: torch.Tensor) -> None:
+    weight.data = other
+
+
+@pytest.mark.parametrize(
+    ("dtype", "write"),
+    [
+        (dtype, write)
+        for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
+        for write in (averaged, merged, swapped)
+        if not (write is merged and dtype == torch.float8_e4m3fn)  # which torch does not add
+    ],
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_weights_written_through_data(write: Any, dtype: torch.dtype, grad: bool) -> None:
+    """Averaged weights, and merged adapters, are put in place so: torch counts no version."""
+    torch.manual_seed(0)
+    model = fresh(Net())
+    if dtype != torch.float32:
+        elmo.convert_head(model, dtype=dtype)
+    run: Any = torch.compile(model, backend="elmo", options=OPTIONS)
+    x, y = batches(1)[0]
+    other = (model.head.weight.detach().float() * 1.5).to(dtype)
+    for read in (lambda z: z.sum(), lambda z: F.cross_entropy(z, y), lambda z: z.argmax(-1)):
+        with torch.set_grad_enabled(grad):
+            z, kept = run(x), model.head.weight.data.clone()
+            write(model.head.weight, other)
+            with pytest.raises(elmo.StaleLogitsError, match="so nothing was kept"):
+                read(z)
+            model.head.weight.data = kept
+            z = run(x)
+            torch.testing.assert_close(read(z).detach(), read(model(x)).detach(), rtol=2e-2, atol=0)
+
+
 def test_a_dense_use_of_a_fused_head_is_not_lost() -> None:
     """Both a fused loss and a use of the values: an error, not a wrong update."""
     torch.manual_seed(0)
