@@ -32,7 +32,14 @@ class TopK(NamedTuple):
     """int64 [..., k]; of equal logits the lower index comes first."""
 
 
-def topk(features: Tensor, weight: Tensor, k: int, *, bias: Tensor | None = None) -> TopK:
+def topk(
+    features: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    exclude: Tensor | None = None,
+) -> TopK:
     """The k largest of `x W^T + b` for each row, scored a chunk of outputs at a time.
 
     With the weight of a sharded head (`elmo_compile.distributed.shard_head`) every process calls it
@@ -43,14 +50,24 @@ def topk(features: Tensor, weight: Tensor, k: int, *, bias: Tensor | None = None
         weight: W [L, D], float32, bfloat16, float16, float8_e4m3fn or float64.
         k: at least 1, at most L.
         bias: b [L], or None; sharded where the weight is.
+        exclude: int64 [..., S], padded with -1: outputs that a row must not be given, in any order
+            (items a user has had). The k + S largest are found, so S counts as k does; with a
+            sharded head S is the same in all processes.
 
     Returns:
-        TopK of float32 values and int64 indices, each [..., k]. No gradient flows.
+        TopK of float32 values and int64 indices, each [..., k]. No gradient flows. A row with fewer
+        than k outputs left ends in indices -1 of values -inf.
 
     Raises:
-        InputError: shapes or devices that do not fit.
+        InputError: shapes, dtypes or devices that do not fit, or (on a CPU) an excluded number
+            below -1 or not below L.
         OptionError: k is no int in [1, L].
     """
+    if exclude is not None:
+        _check_k(k, weight)
+        _check_excluded(exclude, features, weight)
+        most = min(k + exclude.shape[-1], weight.shape[0])
+        return _without(topk(features, weight, most, bias=bias), exclude, k)
     if is_sharded(weight) or is_sharded(bias):
         return _of_shards(features, weight, k, bias)
     _check(features, weight, k, bias)
@@ -120,8 +137,41 @@ def _check(features: Tensor, weight: Tensor, k: int, bias: Tensor | None) -> Non
             f"topk: features are {features.dtype} on {features.device}, the weight is on "
             f"{weight.device}; accepted: floating point, on the weight's device"
         )
+    _check_k(k, weight)
+
+
+def _check_k(k: int, weight: Tensor) -> None:
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= weight.shape[0]:
         raise OptionError(f"topk: k={k!r}; accepted: an int from 1 to {weight.shape[0]}")
+
+
+def _check_excluded(exclude: Tensor, features: Tensor, weight: Tensor) -> None:
+    rows = tuple(features.shape[:-1])
+    if exclude.dtype != torch.int64 or tuple(exclude.shape[:-1]) != rows or exclude.dim() < 1:
+        raise InputError(
+            f"topk: exclude is {exclude.dtype} {tuple(exclude.shape)}; accepted: int64 "
+            f"[{', '.join(map(str, rows))}, S], padded with -1"
+        )
+    if exclude.device != features.device:
+        raise InputError(f"topk: exclude is on {exclude.device}, features on {features.device}")
+    if exclude.device.type == "cpu" and exclude.numel():
+        low, high = map(int, exclude.aminmax())
+        if low < -1 or high >= weight.shape[0]:
+            wrong = low if low < -1 else high
+            raise InputError(f"topk: exclude has {wrong}; accepted: -1 to {weight.shape[0] - 1}")
+
+
+def _without(found: TopK, exclude: Tensor, k: int) -> TopK:
+    """The first k that are not excluded."""
+    values, indices = found
+    if exclude.shape[-1]:
+        numbers = exclude.sort(dim=-1).values
+        place = torch.searchsorted(numbers, indices).clamp_max_(numbers.shape[-1] - 1)
+        out = numbers.gather(-1, place) == indices
+        values, indices = values.masked_fill(out, -torch.inf), indices.masked_fill(out, -1)
+        order = out.to(torch.uint8).argsort(dim=-1, stable=True)[..., :k]
+        values, indices = values.gather(-1, order), indices.gather(-1, order)
+    return TopK(values, indices)
 
 
 def _largest(x_ND: Tensor, w_LD: Tensor, k: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,39 @@ def test_values_and_indices(k: int, bias: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("width", [0, 1, 4, 30])
+def test_excluded_outputs(width: int) -> None:
+    make = torch.Generator().manual_seed(width)
+    x = torch.randint(-2, 3, (2, 3, 4), generator=make).float()
+    w = torch.randint(-2, 3, (20, 4), generator=make).float()
+    exclude = torch.randint(-1, 20, (2, 3, width), generator=make)  # with repetitions
+    z, k = x @ w.t(), 5
+    got = elmo.topk(x, w, k, exclude=exclude)
+    for at in [(i, j) for i in range(2) for j in range(3)]:
+        allowed = [label for label in range(20) if label not in exclude[at].tolist()]
+        best = sorted(allowed, key=lambda label: (-z[at][label].item(), label))[:k]
+        left = k - len(best)
+        assert got.indices[at].tolist() == best + [-1] * left
+        assert got.values[at].tolist() == [*z[at][best].tolist(), *[float("-inf")] * left]
+
+
+@pytest.mark.parametrize(
+    ("exclude", "message"),
+    [
+        (torch.zeros(2, 3), "exclude is torch.float32"),
+        (torch.zeros(3, 3, dtype=torch.int64), r"accepted: int64 \[2, S\]"),
+        (torch.tensor([[0], [20]]), "exclude has 20; accepted: -1 to 19"),
+        (torch.tensor([[0], [-2]]), "exclude has -2"),
+    ],
+)
+def test_what_cannot_be_excluded(exclude: torch.Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        elmo.topk(torch.ones(2, 4), torch.ones(20, 4), 3, exclude=exclude)
+    with pytest.raises(OptionError, match="k=21"):
+        elmo.topk(torch.ones(2, 4), torch.ones(20, 4), 21, exclude=exclude)
+
+
+@pytest.mark.usefixtures("chunk")
 def test_ties_zeros_and_infinities() -> None:
     w = torch.tensor([[0.0], [-0.0], [1.0], [1.0], [float("inf")], [-float("inf")], [1.0], [-1.0]])
     got = elmo.topk(torch.ones(1, 1), w, 8)
