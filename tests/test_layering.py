@@ -75,7 +75,7 @@ MAY_TOUCH_PRIVATE: dict[str, set[str]] = {
     # file -> the private torch packages it names; each says which versions it was tried on
     "elmo_compile/activations.py": {"_functorch", "_inductor"},
     "elmo_compile/backend.py": {"_guards"},
-    "elmo_compile/deferred/functions.py": {"_guards"},
+    "elmo_compile/deferred/functions.py": {"_C", "_guards"},
     "elmo_compile/deferred/gradient.py": {"_C"},
     "elmo_compile/deferred/origin.py": {"_subclasses"},
     "elmo_compile/deferred/targets.py": {"_C"},

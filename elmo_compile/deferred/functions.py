@@ -1,4 +1,7 @@
-"""What deferred logits answer without their values."""
+"""What deferred logits answer without their values.
+
+Uses private APIs: `torch._guards` and `torch._C._functorch` (tried on torch 2.11, 2.13, 2.15).
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,8 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args[0].replace_values(args[1])
         return None
     logits, rest, named, others = _logits_first(args, kwargs)
-    if logits is None:
+    # The tensors of torch.func live no longer than its transform.
+    if logits is None or torch._C._functorch.peek_interpreter_stack() is not None:
         return NotImplemented
     state = logits._state
     if named.get("out") is not None:

@@ -330,3 +330,20 @@ def test_no_logit_is_larger_than_itself(dtype: torch.dtype, lower: str) -> None:
     assert (at_least > above).all()
     assert (largest >= 1).all()
     assert torch.equal((z[:, :3] > own).sum(-1), (values > own).sum(-1))
+
+
+TRANSFORMED: dict[str, Callable[[Tensor], Tensor]] = {
+    "vmap": lambda z: torch.vmap(lambda t: (z * t).logsumexp(-1))(torch.tensor([0.5, 2.0])),
+    "vmap_compared": lambda z: torch.vmap(lambda t: (z > t).sum(-1))(torch.tensor([0.5, 2.0])),
+    "jvp": lambda z: torch.func.jvp(
+        lambda t: (z * t).logsumexp(-1), (torch.ones(()),), (torch.ones(()),)
+    )[1],
+    "grad": lambda z: torch.func.grad(lambda t: (t * (z > t)).sum())(torch.ones(())),
+}
+
+
+@pytest.mark.parametrize("name", list(TRANSFORMED))
+def test_inside_torch_func(name: str) -> None:
+    z, _ = deferred(8)
+    expected = TRANSFORMED[name](deferred(8)[0].materialize().detach())
+    assert_alike(TRANSFORMED[name](z.detach()), expected)
