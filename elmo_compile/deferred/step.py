@@ -124,8 +124,9 @@ class Step:
         """The same as a node."""
         args, kwargs = self.arguments(tensors, lambda made, own: made.emit(graph, own, root))
         name = getattr(self.func, "__name__", "")
-        if getattr(torch.Tensor, name, None) is self.func:
-            return graph.call_method(name, (z, *args), kwargs)
+        for method in (name, f"__{name}__"):
+            if getattr(torch.Tensor, method, None) is self.func:
+                return graph.call_method(method, (z, *args), kwargs)
         return graph.call_function(self.func, (z, *args), kwargs)
 
     def arguments(

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 
 def _methods(*names: str) -> set[Any]:
     """Methods of Tensor, and functions of torch by the same names."""
-    found = {getattr(place, name, None) for name in names for place in (torch.Tensor, torch)}
-    return {one for one in found if callable(one)}  # torch.float is a dtype
+    methods = {found for name in names if (found := getattr(torch.Tensor, name, None))}
+    public = [name for name in names if not name.startswith("__")]
+    functions = {found for name in public if (found := getattr(torch, name, None))}
+    return methods | {found for found in functions if callable(found)}  # torch.float is a dtype
 
 
 COMPARISONS = _methods(
