@@ -99,12 +99,17 @@ def _read(
 
 
 def forward_text(graph: fx.Graph) -> str:
-    """What identifies a graph: its operations and the dtypes they give."""
+    """What identifies a graph: its operations, and the dtypes and shapes they give. Where a value
+    is cut into chunks follows from its shape."""
     lines = []
     for node in graph.nodes:
         value = node.meta.get("val")
-        dtype = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-        lines.append(f"{node.name}={node.target}({node.args},{node.kwargs}):{dtype}")
+        if isinstance(value, torch.Tensor):
+            sizes = (str(size) if isinstance(size, int) else "s" for size in value.shape)
+            kind = f"{value.dtype}[{','.join(sizes)}]"
+        else:
+            kind = type(value).__name__
+        lines.append(f"{node.name}={node.target}({node.args},{node.kwargs}):{kind}")
     return "\n".join(lines)
 
 

@@ -218,3 +218,30 @@ def test_gradients_of_equal_logits(program):
     ours = run(compiled(lambda x, w: program(F.linear(x, w))), args)
     assert len(matches()) == 1, refusals()
     assert all(not grad.any() for grad in ours.grads)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_programs_that_differ_in_the_shape_of_an_argument_alone(grad):
+    """A number, one number a row, one an output: cut otherwise, and used in turns."""
+    torch._dynamo.reset()
+    head = torch.nn.Linear(8, 320)
+    scales = [torch.tensor(0.5), torch.rand(6, 1), torch.rand(320), torch.rand(1, 320)]
+
+    def scaled():
+        return lambda x, scale: (head(x) * scale).exp().sum(-1)
+
+    def gradient(result):
+        head.weight.grad = None
+        result.sum().backward()
+        return head.weight.grad
+
+    options = {"min_outputs": 64, "chunk_size": 77, "lower": "eager"}
+    made = [torch.compile(scaled(), backend="elmo", options=options) for _ in scales]
+    x = torch.randn(6, 8)
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            for function, scale in zip(made, scales):
+                got, expected = function(x, scale), scaled()(x, scale)
+                torch.testing.assert_close(got, expected)
+                if grad:
+                    torch.testing.assert_close(gradient(got), gradient(expected))
