@@ -98,7 +98,7 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         pass  # A loss: no metric is taken of it.
     elif func in TOPS:
         return _top(logits, Step(func, rest, named))
-    elif func in LOSSES or (func in ROWS and not _fused(logits, root)):
+    elif func in LOSSES or (func in ROWS and not (state.available or _fused(logits, root))):
         return _streamed(logits, Step(func, rest, named))
     if func in PARTS:
         return _parts(func, logits, rest, named)
