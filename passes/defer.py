@@ -21,7 +21,7 @@ from elmo_compile.config import Options
 from elmo_compile.ops.kept import KEPT
 from elmo_compile.passes.find import find_regions, grow
 from elmo_compile.passes.graphs import Site, ancestors, hint, hints, tensor_of, value_of
-from elmo_compile.passes.hazards import may_draw, shares_memory, written_nodes
+from elmo_compile.passes.hazards import may_draw
 from elmo_compile.passes.modes import ambient_autocast, autocast_states
 from elmo_compile.passes.records import (
     Autocast,
@@ -32,6 +32,7 @@ from elmo_compile.passes.records import (
     Source,
 )
 from elmo_compile.passes.shards import is_sharded
+from elmo_compile.passes.writes import shares_memory, written_nodes
 
 aten = torch.ops.aten
 

@@ -12,6 +12,9 @@ import torch.fx as fx
 
 from elmo_compile.passes.records import Autocast
 
+SET_GRAD = torch._C._set_grad_enabled
+"""What a Dynamo graph calls to switch autograd on or off."""
+
 
 def ambient_autocast() -> Autocast:
     """The autocast contexts the caller compiles in, which are in no graph."""
@@ -41,7 +44,7 @@ def grad_modes(graph: fx.Graph) -> dict[fx.Node, bool]:
     enabled = torch.is_grad_enabled()
     modes: dict[fx.Node, bool] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
+        if node.op == "call_function" and node.target is SET_GRAD:
             enabled = bool(node.args[0])
         modes[node] = enabled
     return modes

@@ -54,7 +54,7 @@ class Analysis:
 
 
 def _check(item: Region, options: Options) -> Region | Refusal:
-    return check_hazards(item) or item
+    return check_hazards(item, options.min_outputs) or item
 
 
 def _retrace(item: Region, options: Options) -> AtenRegion | Refusal:

@@ -9,6 +9,7 @@ import torch
 import torch.fx as fx
 
 from elmo_compile.passes.graphs import tensor_of
+from elmo_compile.passes.modes import SET_GRAD, grad_modes
 from elmo_compile.passes.records import PlannedHead, ProgramMatch
 from elmo_compile.passes.rewrite.emitter import Emitter
 from elmo_compile.passes.rewrite.inputs import Inputs
@@ -70,14 +71,24 @@ def put_off(old: list[fx.Node], first: fx.Node, last: fx.Node) -> None:
     """Move behind `last` what reads the outputs of a region before its last node.
 
     The op that replaces the region stands where its last output stood, because it may read what
-    was made since the first.
+    was made since the first. What is moved keeps its grad mode.
     """
-    late = set(old)
+    late, modes = set(old), grad_modes(last.graph)
     after, node = last, first
     while node is not last:
         following = node.next
         if node not in late and any(arg in late for arg in node.all_input_nodes):
             late.add(node)
-            after.append(node)
-            after = node
+            after = _moved(node, after, modes[node], modes[last])
         node = following
+
+
+def _moved(node: fx.Node, after: fx.Node, mode: bool, around: bool) -> fx.Node:
+    """Move a node of one grad mode behind one of another; the last node behind which all stands."""
+    after.append(node)
+    if mode == around:
+        return node
+    with node.graph.inserting_before(node):
+        node.graph.call_function(SET_GRAD, (mode,))
+    with node.graph.inserting_after(node):
+        return node.graph.call_function(SET_GRAD, (around,))
