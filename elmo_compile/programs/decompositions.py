@@ -62,10 +62,20 @@ def rewritten() -> dict[Any, Callable[..., Any]]:
     found[aten.fill.Scalar] = lambda into, value: torch.full(
         into.shape, value, dtype=into.dtype, device=into.device
     )
+    found[aten.split_with_sizes.default] = _split_with_sizes
     found[aten.index_put.default] = _index_put
     found[aten.mean.default] = _mean
     found[aten.mean.dim] = _mean
     return found
+
+
+def _split_with_sizes(x: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
+    """Slices, as which parts of rows are understood."""
+    parts, start = list[Tensor](), 0
+    for size in sizes:
+        parts.append(torch.ops.aten.slice.Tensor(x, dim, start, start + size))
+        start = start + size
+    return parts
 
 
 def _index_put(

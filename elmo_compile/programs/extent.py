@@ -229,8 +229,13 @@ class Extents:
                 2 if node.target in (aten.slice_scatter.default, aten.select_scatter.default) else 1
             )
             along = (args[at] if len(args) > at else 0) % rank
+            if along == place and node.target is aten.slice.Tensor and out != shape_of(source):
+                raise Unsupported(
+                    node, "some outputs of each row are cut off behind the product",
+                    "slice the weight instead: F.linear(x, w[a:b], b[a:b])",
+                )  # fmt: skip
             if along == place:
-                return dim if node.target is aten.slice.Tensor and out == shape_of(source) else None
+                return dim if node.target is aten.slice.Tensor else None
             return dim + (node.target is aten.select.int and along > place)
         if node.target is aten.index.Tensor:
             return self._index(node, dim, rank)

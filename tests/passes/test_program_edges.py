@@ -135,6 +135,43 @@ EDGES |= {
 }
 
 
+def part_by_part(divide):
+    """The loss of each part of the rows."""
+    return lambda x, w, y: sum(ce(z, t) for z, t in zip(divide(F.linear(x, w)), divide(y)))
+
+
+def chosen_and_rejected(x, w, y):
+    chosen, rejected = F.linear(x, w).log_softmax(-1).chunk(2)
+    better = chosen.gather(-1, y[:3, None]) - rejected.gather(-1, y[3:, None])
+    return -F.logsigmoid(better).mean()
+
+
+EDGES |= {
+    "split": (part_by_part(lambda t: t.split(4)), rows),
+    "split_with_sizes": (part_by_part(lambda t: t.split([1, 2, 3])), rows),
+    "chunk": (part_by_part(lambda t: t.chunk(4)), rows),
+    "tensor_split": (part_by_part(lambda t: t.tensor_split(4)), rows),
+    "second_of_three": (
+        lambda x, w: sum(z.logsumexp(-1).mean() for z in F.linear(x, w).split(2, 1)),
+        lambda: (features(2, 3), weight()),
+    ),
+    "chosen_and_rejected": (chosen_and_rejected, rows),
+}
+
+
+def test_parts_of_a_dynamic_number_of_rows():
+    assert_same(part_by_part(lambda t: t.chunk(4)), rows(), dynamic=True)
+
+
+def test_parts_of_the_outputs_are_refused():
+    def program(x, w):
+        return sum(z.logsumexp(-1).mean() for z in F.linear(x, w).split(101, -1))
+
+    assert_same(program, rows()[:2], count=0)
+    assert "cut off" in refusals()[0].reason
+    assert "w[a:b]" in refusals()[0].remedy
+
+
 @pytest.mark.parametrize("name", EDGES)
 def test_value_and_gradients(name):
     program, make = EDGES[name]
