@@ -181,7 +181,10 @@ def close(
 
 
 def without_tail(region: Region) -> Region:
-    """The region up to the loss itself, for tails that turn out not to be understood."""
+    """The region up to the loss itself, for tails that turn out not to be understood; itself if it
+    has no tail."""
+    if not region.tail:
+        return region
     inside = set(region.nodes) - set(region.tail)
     return close(
         region.site, region.seed, inside, (), region.num_outputs, region.autocast,

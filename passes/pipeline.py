@@ -32,6 +32,7 @@ from elmo_compile.passes.records import (
     Region,
 )
 from elmo_compile.passes.shards import localize
+from elmo_compile.passes.vectors import without_vectors
 from elmo_compile.passes.weights import store_by_outputs
 from elmo_compile.report.records import Code, Refusal
 
@@ -128,9 +129,7 @@ def _analyze(module: fx.GraphModule, options: Options) -> Analysis:
     left: list[tuple[int, str]] = []
     regions = find_regions(module, options.min_outputs)
     for region in regions:
-        result = advance(region, options)
-        if isinstance(result, Refusal) and region.tail:
-            result = advance(without_tail(region), options)
+        result = _first_understood(region, options)
         others = [set(head.match.region.nodes) for head in heads]
         if isinstance(result, PlannedHead) and entangled(set(result.match.region.nodes), others):
             result = _entangled(region)
@@ -145,6 +144,19 @@ def _analyze(module: fx.GraphModule, options: Options) -> Analysis:
     small = f"it has {largest} outputs, below min_outputs={options.min_outputs}"
     left += [(position, small) for position in weights]
     return Analysis(module, tuple(heads), tuple(refusals), largest=largest, left=tuple(left))
+
+
+def _first_understood(region: Region, options: Options) -> PlannedHead | Refusal:
+    """A region, or the part of it that every pass accepts; else the refusal of the last part."""
+    smaller = without_vectors(region)
+    attempts = dict.fromkeys((region, without_tail(region), smaller, without_tail(smaller)))
+    result: PlannedHead | Refusal | None = None
+    for attempt in attempts:
+        result = advance(attempt, options)
+        if isinstance(result, PlannedHead):
+            return result
+    assert result is not None
+    return result
 
 
 def advance(region: Region, options: Options) -> PlannedHead | Refusal:
