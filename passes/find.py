@@ -94,13 +94,16 @@ def largest_linear(module: fx.GraphModule) -> tuple[int, list[int]]:
 
 def weight_inputs(site: Site, seed: fx.Node, num_outputs: int) -> list[int]:
     """Positions among the top-level graph's inputs of matrices that a product reads as its weight,
-    views and casts of it included. Of two operands that may be it, the last: features come first.
+    views, casts and slices of it included. Of two operands that may be it, the last: features come
+    first.
     """
     operands = [arg for arg in seed.all_input_nodes if is_matrix(arg, num_outputs)]
+    read = ancestors(*operands[-1:])
+    whole = {num_outputs, *(rows for node in read if (rows := cut_from(node)) is not None)}
     placeholders = [
         site.outer(node)
-        for node in ancestors(*operands[-1:])
-        if node.op == "placeholder" and is_matrix(node, num_outputs)
+        for node in read
+        if node.op == "placeholder" and any(is_matrix(node, rows) for rows in whole)
     ]
     found = [node for node in placeholders if node is not None]
     return [list(node.graph.find_nodes(op="placeholder")).index(node) for node in found]
@@ -110,6 +113,15 @@ def is_matrix(node: fx.Node, num_outputs: int) -> bool:
     """Whether a node may be the weight of a product with that many outputs."""
     tensor = tensor_of(node)
     return tensor is not None and tensor.ndim == 2 and num_outputs in hints(tensor.shape)
+
+
+def cut_from(node: fx.Node) -> int | None:
+    """Of how many rows of a matrix a node is some, or None if it is no such slice."""
+    part, whole = tensor_of(node), tensor_of(node.args[0]) if node.args else None
+    if node.target is not operator.getitem or part is None or whole is None:
+        return None
+    same = part.ndim == whole.ndim == 2 and hint(part.shape[1]) == hint(whole.shape[1])
+    return hint(whole.shape[0]) if same else None
 
 
 def is_huge(node: Any, num_outputs: int) -> bool:

@@ -16,6 +16,7 @@ import torch.fx as fx
 from elmo_compile.config import Options
 from elmo_compile.errors import ElmoError
 from elmo_compile.passes.canonicalize import retrace
+from elmo_compile.passes.columns import cut_weights
 from elmo_compile.passes.convex import entangled
 from elmo_compile.passes.defer import defer_outputs
 from elmo_compile.passes.find import find_regions, largest_linear, weight_inputs, without_tail
@@ -88,15 +89,17 @@ PASSES: tuple[Callable[[Any, Options], Any], ...] = (
 def analyze(module: fx.GraphModule, options: Options) -> Analysis:
     """Find, retrace, match and plan every candidate head of a graph, logits that leave it included.
 
-    Logits are left in the graph where the graph needs them all the same; so is a weight stored by
-    features where its head is refused.
+    Logits are left in the graph where the graph needs them all the same; so are a weight stored by
+    features and outputs that are cut off where the head is refused.
     """
     keep: set[int] = set()
+    whole: set[str] = set()
     by_outputs = True
     while True:
         copy = copy_module(module)
         localized = localize(copy)
         by_outputs = by_outputs and store_by_outputs(copy, options.min_outputs)
+        cut = cut_weights(copy, options.min_outputs, whole)
         taken = [
             (output, _plan_top(output, options)) for output in defer_outputs(copy, options, keep)
         ]
@@ -105,6 +108,10 @@ def analyze(module: fx.GraphModule, options: Options) -> Analysis:
             by_outputs = False  # Not for nothing.
             continue
         inside = {node for head in analysis.heads for node in head.match.region.nodes}
+        for_nothing = set(cut) - inside - {output.seed for output, _ in taken}
+        if for_nothing:
+            whole |= {node.name for node in for_nothing}
+            continue
         remaining = set(copy.graph.nodes) - inside
         useless = {o.position for o, top in taken if top is None or o.seed in remaining}
         if not useless:

@@ -17,6 +17,7 @@ import torch.fx as fx
 from elmo_compile.config import LossValue, Options
 from elmo_compile.numerics.features import FP8
 from elmo_compile.numerics.losses import BCE, CE
+from elmo_compile.passes.find import cut_from
 from elmo_compile.passes.graphs import hint, hints, source_of, tensor_of
 from elmo_compile.passes.match.linear import HEAD_OPS
 from elmo_compile.passes.records import HeadMatch, PlannedHead, ProgramMatch, Region
@@ -123,6 +124,8 @@ def why_unfusable(
             return "the loss is made from the logits of two heads"
         if match.program.backward is None:
             return "no gradient passes what is computed from the logits"
+    if cut_from(match.weight_origin) is not None:
+        return "the loss reads a part of the weight's outputs"
     if match.weight_placeholder is None:
         return "the weight is computed in the graph"
     if not weight.requires_grad:

@@ -149,10 +149,10 @@ REFUSED: dict[str, tuple[Any, Any, Code, str]] = {
         "bce(",
     ),
     "sliced_outputs": (
-        lambda x, w, y: ce(F.linear(x, w)[:, :100], y % 100),
+        lambda x, w, y: ce(F.linear(x, w)[:, ::2], y % 100),
         rows,
         Code.UNKNOWN_LOSS,
-        "[:, :100]",
+        "[:, ::2]",
     ),
     "permuted_outputs": (
         lambda x, w, y: ce(F.linear(x, w)[:, torch.arange(L).flip(0)], y),
