@@ -63,6 +63,7 @@ def rewritten() -> dict[Any, Callable[..., Any]]:
         into.shape, value, dtype=into.dtype, device=into.device
     )
     found[aten.split_with_sizes.default] = _split_with_sizes
+    found[aten.native_layer_norm.default] = _layer_norm
     found[aten.index_put.default] = _index_put
     found[aten.mean.default] = _mean
     found[aten.mean.dim] = _mean
@@ -133,6 +134,17 @@ def _var(
     free = count - (1 if correction is None else correction)
     var: Tensor = torch.sum(centred * centred, list(dim or range(x.dim())), keepdim) / free
     return var
+
+
+def _layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dims = list(range(x.dim() - len(shape), x.dim()))
+    mean = _mean(x, dims, True)
+    scale = torch.rsqrt(_var(x, dims, correction=0, keepdim=True) + eps)
+    made = (x - mean) * scale
+    made = made if weight is None else made * weight
+    return made if bias is None else made + bias, mean, scale
 
 
 def _std(x: Tensor, dim: Sequence[int] | None = None, **options: Any) -> Tensor:

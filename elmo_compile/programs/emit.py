@@ -176,7 +176,7 @@ class _Emitter:
             self.arguments.append(key)
             return self.graph.placeholder(f"h{len(self.arguments)}")
         args: Any = node.args
-        place = len(shape_of(node)) + dim
+        place = (len(shape_of(node)) if is_tensor(node) else 0) + dim
         if target is torch.ops.elmo.multi_hot.default:
             offsets = args[2] if len(args) > 2 else None
             labels = self.outputs(args[0], 0 if offsets is not None else -1)
@@ -220,7 +220,12 @@ class _Emitter:
 
     def _scatter(self, node: fx.Node, place: int) -> fx.Node:
         args: Any = node.args
-        rank = len(shape_of(node))
+        rank, dim = len(shape_of(node)), self.extents.dim(node)
+        along_rows = args[1] % rank != place and not node.kwargs.get("reduce")
+        parts = [a for a in args[2:] if isinstance(a, fx.Node)]
+        if along_rows and all(self._has_outputs(a, dim) for a in parts):
+            given = [self.value(a, dim) for a in args]
+            return self.call(node.target, *given)
         if args[1] % rank != place or self.extents.huge(args[2]) or node.kwargs.get("reduce"):
             raise Unsupported(node, f"{node.target} along rows", "scatter along the outputs")
         fn = local.scatter_add if node.target is aten.scatter_add.default else local.scatter
@@ -228,6 +233,12 @@ class _Emitter:
         return self.call(
             fn, source, place, self.outputs(args[2]), self.value(args[3]), self.columns
         )
+
+    def _has_outputs(self, operand: fx.Node, dim: int) -> bool:
+        """Whether an operand of a huge node has all outputs where that has them."""
+        huge = self.extents.huge(operand)
+        there = is_tensor(operand) and shape_of(operand)[dim:][:1] == (self.extents.L,)
+        return there and (not huge or self.extents.dim(operand) == dim)
 
     def _index_put(self, node: fx.Node, place: int) -> fx.Node:
         args: Any = node.args

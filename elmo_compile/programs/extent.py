@@ -145,9 +145,9 @@ class Extents:
 
     def _call(self, node: fx.Node) -> int | None:
         tensors = [a for a in node.all_input_nodes if self.of.get(a) is not None]
-        if node.target is operator.getitem:
-            return None
         source = node.args[0] if node.args else None
+        if node.target is operator.getitem:  # A part of what is made by a maximum over rows.
+            return self.of.get(source) if isinstance(source, fx.Node) else None
         if node.target is aten.sym_size.int and source in self._inputs:
             return None
         if not tensors:
@@ -233,6 +233,11 @@ class Extents:
                 raise Unsupported(
                     node, "some outputs of each row are cut off behind the product",
                     "slice the weight instead: F.linear(x, w[a:b], b[a:b])",
+                )  # fmt: skip
+            if along == place and node.target is aten.slice_scatter.default:
+                raise Unsupported(
+                    node, "some outputs of each row are overwritten by their place",
+                    "use masked_fill or torch.where, with a mask of the outputs",
                 )  # fmt: skip
             if along == place:
                 return dim if node.target is aten.slice.Tensor else None

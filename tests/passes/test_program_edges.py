@@ -159,6 +159,53 @@ EDGES |= {
 }
 
 
+def interests():
+    """A weight, classes, and several features a row."""
+    return features(N, 4), weight(), classes()
+
+
+def best_interest(x, w, y):
+    best = F.linear(x, w).max(1)
+    return ce(best.values, y) + (best.indices * best.values).mean()
+
+
+def best_interest_and_z_loss(x, w, y):
+    z = F.linear(x, w).max(-2, keepdim=True)[0][:, 0]
+    return ce(z, y) + z.logsumexp(-1).square().mean()
+
+
+EDGES |= {
+    "best_interest": (best_interest, interests),
+    "best_interest_and_z_loss": (best_interest_and_z_loss, interests),
+    "worst_interest": (lambda x, w, y: ce(F.linear(x, w).min(1).values, y), interests),
+    "two_best_interests": (
+        lambda x, w, y: ce(F.linear(x, w).topk(2, 1).values.sum(1), y),
+        interests,
+    ),
+    "layer_norm": (lambda x, w, y: ce(F.layer_norm(F.linear(x, w), (L,)), y), rows),
+    "layer_norm_with_weight": (
+        lambda x, w, y, g, b: ce(F.layer_norm(F.linear(x, w), (L,), g, b, 1e-3), y),
+        lambda: (*rows(), bias(), bias()),
+    ),
+}
+
+
+def test_equal_interests_have_one_best():
+    """The gradient of a maximum goes to the place it names, not to all of that value."""
+    x = features(N, 1).detach().expand(N, 4, D).clone().requires_grad_()
+    assert_same(best_interest, (x, weight(), classes()))
+
+
+def test_outputs_overwritten_by_place_are_refused():
+    def program(x, w, y):
+        z = F.linear(x, w) + 0
+        z[:, L - 7 :] = -5.0
+        return ce(z, y % 100)
+
+    assert_same(program, rows(), count=0)
+    assert "overwritten" in refusals()[0].reason
+
+
 def test_parts_of_a_dynamic_number_of_rows():
     assert_same(part_by_part(lambda t: t.chunk(4)), rows(), dynamic=True)
 
