@@ -7,6 +7,7 @@ Numerics: none.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -166,7 +167,15 @@ def grow(
     _grow_between(site.graph, movable, num_outputs, min_outputs or num_outputs)
     tail = _tail(inside, order, grad)
     mode = None if len(modes) > 1 else modes.pop()
-    return close(site, seed, inside | set(tail), tail, num_outputs, autocast, mode)
+    region = close(site, seed, inside | set(tail), tail, num_outputs, autocast, mode)
+    if mode is None and not any(_takes_gradient(node) for node in region.inputs):
+        return dataclasses.replace(region, grad_enabled=False)  # A frozen head's, in any mode.
+    return region
+
+
+def _takes_gradient(node: fx.Node) -> bool:
+    tensor = tensor_of(node)
+    return tensor is not None and tensor.requires_grad
 
 
 def _is_tuple(node: fx.Node) -> bool:

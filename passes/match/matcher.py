@@ -58,7 +58,8 @@ def _check_region(region: Region) -> None:
     if region.grad_enabled is None:
         raise NoMatch(
             Code.UNKNOWN_LOSS, region.seed, "gradients are switched on or off inside this region",
-            "keep the head and its loss in one grad mode",
+            "keep the head and its loss in one grad mode: what reads logits made under no_grad "
+            "belongs into the no_grad block",
         )  # fmt: skip
     if len(region.outputs) != 1:
         names = ", ".join(f"`{node.name}`" for node in region.outputs)

@@ -59,7 +59,8 @@ def _match(aten_region: AtenRegion) -> ProgramMatch:
     if region.grad_enabled is None:
         raise NoMatch(
             Code.UNKNOWN_LOSS, region.seed, "gradients are switched on or off inside this region",
-            "keep the head and its loss in one grad mode",
+            "keep the head and its loss in one grad mode: what reads logits made under no_grad "
+            "belongs into the no_grad block",
         )  # fmt: skip
     products = _products(aten_region)
     if not products:

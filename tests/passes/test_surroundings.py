@@ -19,6 +19,7 @@ from programs import (
     dense,
     features,
     matches,
+    refusals,
     rows,
     run,
     weight,
@@ -207,3 +208,29 @@ def test_loss_in_half_and_in_integers():
     assert cut.dtype == torch.int64
     assert abs(int(cut) - int(ce(F.linear(frozen[0], frozen[1]), y) * 1000)) <= 1
     assert len(matches()) == 1
+
+
+def taught(x, w, v):
+    """A student by what its teacher finds best; the teacher's product alone is under no_grad."""
+    z = F.linear(x, w)
+    with torch.no_grad():
+        t = F.linear(x.detach(), v)
+    values, places = t.log_softmax(-1).topk(4, -1)
+    return (values.exp() * (values - z.log_softmax(-1).gather(-1, places))).sum(-1).mean()
+
+
+def test_a_frozen_teacher_may_be_read_in_another_grad_mode():
+    assert_same(taught, (features(), weight(), weight().detach()), count=2)
+
+
+def test_a_teacher_that_takes_gradients_may_not():
+    """Its product would leave the no_grad block."""
+    args = (features(), weight(), weight())
+    ours, eager = run(compiled(taught), args), run(taught, args)
+    (refusal,) = refusals()
+    assert "no_grad block" in refusal.remedy
+    torch.testing.assert_close(ours.loss, eager.loss)
+    for mine, theirs in zip(ours.grads[:2], eager.grads[:2]):
+        torch.testing.assert_close(mine, theirs)
+    assert ours.grads[2] is None
+    assert eager.grads[2] is None
