@@ -155,6 +155,10 @@ ONCE_REFUSED: dict[str, tuple[Any, Any]] = {
         scatter_wrong(value=0.5),
         label_rows,
     ),
+    "scatter_rows": (
+        scatter_wrong(dim=0),
+        lambda: (features(), weight(), torch.randint(0, N, (2, L))),
+    ),
     "scatter_few_rows": (
         scatter_wrong(),
         lambda: (features(), weight(), labels()[:4]),

@@ -246,7 +246,7 @@ REFUSED: dict[str, tuple[Any, Any, Code, str]] = {
     "scatter_reduce": (scatter_wrong(reduce="add"), label_rows, Code.UNKNOWN_LOSS, "scatter_"),
     "scatter_rows": (
         scatter_wrong(dim=0),
-        lambda: (features(), weight(), torch.randint(0, N, (2, L))),
+        lambda: (features(), weight(), torch.randint(0, N, (2, L - 1))),
         Code.UNKNOWN_LOSS,
         "scatter_",
     ),
