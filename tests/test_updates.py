@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from training import (
     EAGER,
     INDUCTOR,
@@ -118,6 +121,55 @@ def test_gradient_of_the_encoder_only(options: dict) -> None:
     assert model.encoder.bias.grad is None
     assert torch.equal(model.head.weight, before)
     assert updates(opt, model.head.weight) == 0
+
+
+@pytest.mark.parametrize("options", LOWERINGS)
+@pytest.mark.parametrize("update_at", ["backward", "step"])
+@torch._functorch.config.patch(donated_buffer=False)  # as torch asks for
+def test_gradient_of_the_encoder_then_backward(options: dict, kind: str, update_at: str) -> None:
+    """As PCGrad, GradNorm and adaptive loss weights do; torch keeps the graph for it."""
+    torch._dynamo.reset()
+    model = net(kind)
+    twin, want = copy.deepcopy(model), reference(model, 2)
+    step, opt = owned(model, options, update_at=update_at)
+    for number in range(2):
+        loss = step(*batch(number))
+        (got,) = torch.autograd.grad(loss, [model.encoder.weight], retain_graph=True)
+        if number == 0:
+            (expected,) = torch.autograd.grad(twin(*batch(0)), [twin.encoder.weight])
+            torch.testing.assert_close(got, expected)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+    assert_same(model, want)
+
+
+@pytest.mark.parametrize("loss", ["ce", "bce", "margin"])
+def test_a_graph_that_is_kept_accumulates_twice(loss: str) -> None:
+    functions: dict[str, Any] = {
+        "ce": F.cross_entropy,
+        "bce": lambda z, y: F.binary_cross_entropy_with_logits(
+            z, elmo.multi_hot(y[:, None], z.shape[-1])
+        ),
+        "margin": F.multi_margin_loss,
+    }
+    results = [_backward_twice(functions[loss], ours) for ours in (True, False)]
+    assert_same(*results)
+
+
+def _backward_twice(loss: Any, ours: bool) -> nn.Module:
+    model: Any = net()
+    run, kind, more = model.logits, torch.optim.SGD, {}
+    if ours:
+        run = torch.compile(run, backend="elmo", options=EAGER)
+        kind, more = elmo.optim.SGD, {"update_at": "step", "accumulate": "stash"}
+    opt = kind(model.parameters(), lr=0.3, **more)
+    inputs, labels = batch()
+    made = loss(run(inputs), labels)
+    made.backward(retain_graph=True)
+    made.backward()
+    opt.step()
+    return model  # type: ignore[no-any-return]
 
 
 def test_backward_with_inputs_that_name_the_weight_updates() -> None:

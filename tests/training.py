@@ -27,12 +27,17 @@ class Net(nn.Module):
         self.head = nn.Linear(FEATURES, LABELS, bias=bias)
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        logits = self.head(torch.tanh(self.encoder(inputs)))
+        logits = self.logits(inputs)
         if self.kind == "ce":
             return F.cross_entropy(logits, labels, reduction=self.reduction)
         y = elmo.multi_hot(labels[:, None], LABELS)
         loss = F.binary_cross_entropy_with_logits(logits, y, reduction=self.reduction)
         return loss
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """[N, LABELS]."""
+        z: Tensor = self.head(torch.tanh(self.encoder(inputs)))
+        return z
 
 
 class Tied(nn.Module):

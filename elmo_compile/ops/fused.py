@@ -195,6 +195,7 @@ def fused_head_loss_backward(
 ) -> tuple[Tensor, Tensor]:
     from elmo_compile import kernels
 
+    not_written(sink)
     spec = LossSpec.decode(loss)
     key, ticket, serial, at_once, version, wrapper = handle.tolist()
     need_value = deferred and not at_once and spec.name != CE
@@ -275,6 +276,17 @@ def _(
         if need_db and bias is not None
         else x.new_empty(0),
     )
+
+
+def not_written(sink: Tensor) -> None:
+    """Take back the version that an op's declared write counted, since nothing was written.
+
+    Autograd refuses a second backward through what was written after it was saved. It is for the
+    ticket to refuse one, and `autograd.grad(loss, encoder, retain_graph=True)` does not use it up
+    (tried on torch 2.11, 2.13 and 2.15).
+    """
+    if not sink.is_inference() and sink._version > 0:
+        torch._C._autograd._unsafe_set_version_counter((sink,), (sink._version - 1,))
 
 
 def weight_is_wanted(owner: Owner) -> bool:

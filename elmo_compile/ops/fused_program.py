@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elmo_compile.errors import FusedUpdateError
 from elmo_compile.ops.data_parallel import group_of
-from elmo_compile.ops.fused import UNCAPTURED, check_finite, weight_is_wanted
+from elmo_compile.ops.fused import UNCAPTURED, check_finite, not_written, weight_is_wanted
 from elmo_compile.ops.head_program import (
     fake_results,
     find_program,
@@ -91,6 +91,7 @@ def fused_head_program_backward(
 ) -> tuple[Tensor, Tensor]:
     from elmo_compile.kernels.aten.programs import backward
 
+    not_written(sink)
     found = find_program(program)
     key, ticket, _, _, version, wrapper = handle.tolist()
     with telling(shard, x.device):
