@@ -47,8 +47,6 @@ class Owner(KeptGradients, OpenCalls):
         """Called after an update was applied, unless the device finds that `guard` is not zero."""
         self.state_sizes: Callable[[], list[StateSize]] = list
         """What the optimizer keeps for the weight, or will."""
-        self.refused_in = ""
-        """Where no fused call may be made now: `step(closure)`."""
         self.counters = Counters()
         self.updates = 0
         """Updates so far in this process, but for replays of CUDA graphs."""
@@ -180,12 +178,6 @@ class Owner(KeptGradients, OpenCalls):
     def check_call(self) -> None:
         """Raise FusedUpdateError if no fused call may be made."""
         self.check_consistent()
-        if self.refused_in:
-            raise FusedUpdateError(
-                f"{self.refused_in} runs forward and backward any number of times, but the head "
-                f"weight {self.name} is updated by its own backward. Call backward() and then "
-                "step(), or construct the optimizer with fused=False"
-            )
 
     def notice_replacement(self, weight: Tensor) -> None:
         """The head was called, gradients on, with `weight` in this one's place."""

@@ -107,15 +107,21 @@ class HeadOptimizer(OwningOptimizer):
 
         With `update_at="step"` the heads are updated here, from what their backwards kept.
 
+        Args:
+            closure: called once, first, with gradients enabled: it clears gradients, makes the
+                loss, calls backward and returns the loss, which `step` returns.
+
         Raises:
             FusedUpdateError: a fused head also received a dense gradient; another optimizer took a
-                weight over; a weight is inconsistent or was replaced by one nobody owns; a closure
-                was given and a head is fused; a head was updated by another rate than the group's
-                of now. Nothing is modified.
+                weight over; a weight is inconsistent or was replaced by one nobody owns; a head was
+                updated by another rate than the group's of now. Nothing is modified.
             InputError: a head's input was invalid; no update of that head was applied, and nothing
                 else is updated. Clear the gradients and go on.
         """
-        loss = self._evaluate(closure) if closure is not None else None
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         captured, wrong, skips = self._graphs.begin(self._members()), None, False
         self._check_groups()
         with torch.no_grad():
@@ -176,23 +182,6 @@ class HeadOptimizer(OwningOptimizer):
             owner.apply_kept(factors.get(id(self._find(owner.param).group)), guard)
         apply_updates(items, guard)
         count(counted, guard)
-
-    def _evaluate(self, closure: Callable[[], float]) -> float:
-        """The closure's loss, unless it would run a fused backward."""
-        for owner in self._owners:
-            owner.refused_in = "step(closure)"
-        try:
-            if self.fused_parameters():
-                raise FusedUpdateError(
-                    "step(closure) may run forward and backward several times, but "
-                    f"{self.fused_parameters()[0].shape} is updated by its own backward. Call "
-                    "backward() and then step(), or construct the optimizer with fused=False"
-                )
-            with torch.enable_grad():
-                return closure()
-        finally:
-            for owner in self._owners:
-                owner.refused_in = ""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim; also forgets what backwards kept for `update_at="step"`."""

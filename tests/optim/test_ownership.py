@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -188,28 +189,51 @@ def test_deferred_logits_are_named() -> None:
     del opt
 
 
-def test_a_closure_is_refused_if_a_head_is_fused() -> None:
+@pytest.mark.parametrize("update_at", ["backward", "step"])
+@pytest.mark.parametrize("order", ["zero first", "zero before backward"])
+def test_a_closure_is_called_once(update_at: str, order: str) -> None:
+    """As Lightning's automatic optimisation trains."""
     model = net()
-    step, opt = owned(model)
+    want = reference(model, 3)
+    step, opt = owned(model, update_at=update_at)
+    assert opt.step(lambda: 7.0) == 7.0  # one that does nothing: Lightning's manual optimisation
+    losses = []
+    for number in range(3):
 
-    def closure() -> torch.Tensor:
-        opt.zero_grad()
-        loss = step(*batch())
-        loss.backward()
+        def closure(number: int = number) -> torch.Tensor:
+            if order == "zero first":
+                opt.zero_grad()
+            loss = step(*batch(number))
+            if order != "zero first":
+                opt.zero_grad()
+            loss.backward()
+            return loss
+
+        with torch.no_grad():  # some call it so
+            losses.append(opt.step(closure))
+    assert_same(model, want)
+    assert updates(opt, model.head.weight) == 3
+    assert all(torch.isfinite(loss) for loss in losses)  # type: ignore[arg-type]
+
+
+def test_a_closure_that_accumulates() -> None:
+    model = net()
+    twin = copy.deepcopy(model)
+    step, opt = owned(model, update_at="step", accumulate="stash", max_norm=0.1)
+    plain = torch.optim.SGD(twin.parameters(), lr=0.5)
+
+    def closure(run: Any, own: Any) -> Any:
+        own.zero_grad()
+        for number in range(3):
+            loss = run(*batch(number)) / 3
+            loss.backward()
         return loss
 
-    for _ in range(2):
-        with pytest.raises(FusedUpdateError, match=r"step\(closure\)"):
-            opt.step(closure)
-    train(step, opt, 1)
-    with pytest.raises(FusedUpdateError, match=r"step\(closure\)"):
-        opt.step(closure)
-    want = reference(net(), 1)
-    assert_same(model, want)
-    opt = elmo.optim.SGD(model.parameters(), 0.5, fused=False)
-    first = opt.step(closure)
-    assert opt.step(closure) < first
-    assert updates(opt, model.head.weight) == 2
+    opt.step(lambda: closure(step, opt))
+    closure(twin, plain)
+    torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+    plain.step()
+    assert_same(model, twin)
 
 
 @pytest.mark.parametrize("kind", ["ce", "bce"])
