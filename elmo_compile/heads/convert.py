@@ -89,6 +89,9 @@ def convert_head(
 def dequantize_head(model: M, dtype: torch.dtype = torch.float32, *, name: str | None = None) -> M:
     """Turn converted heads back into plain nn.Linear (exact for float32 and wider).
 
+    The head gets a new Parameter: to train on, make a new optimizer. An `elmo_compile.optim` that
+    owns the old one raises at its next step.
+
     Args:
         model: changed in place.
         dtype: of the new weight and bias.
@@ -98,7 +101,7 @@ def dequantize_head(model: M, dtype: torch.dtype = torch.float32, *, name: str |
         `model`; if `model` itself is the head, the new nn.Linear.
 
     Raises:
-        ElmoError: there is no converted head (of that name).
+        ElmoError: there is no converted head (of that name), or it has hooks; nothing is changed.
     """
     found = [
         (path, module)
@@ -109,6 +112,8 @@ def dequantize_head(model: M, dtype: torch.dtype = torch.float32, *, name: str |
         where = "" if name is None else f" named {name!r}"
         raise ElmoError(f"dequantize_head: the model has no converted head{where}")
     for path, head in found:
+        _refuse_hooks(head, path or "the head", "dequantize_head")
+    for path, head in found:
         has_bias = head.bias is not None
         with torch.device("meta"):
             new = nn.Linear(head.in_features, head.out_features, bias=has_bias, dtype=dtype)
@@ -116,6 +121,9 @@ def dequantize_head(model: M, dtype: torch.dtype = torch.float32, *, name: str |
         if has_bias:
             new.bias = nn.Parameter(head.bias.detach().to(dtype), head.bias.requires_grad)
         new.train(head.training)
+        owner = owner_of(head.weight)
+        if owner is not None:
+            owner.notice_replacement(new.weight)
         model = replace_head(model, path, new)
     return model
 
@@ -201,21 +209,25 @@ def check_replaceable(model: nn.Module, path: str, head: nn.Linear, who: str, wh
                 f"its {own}. Untie it first, e.g. "
                 f"head.{own} = nn.Parameter(head.{own}.detach().clone())"
             )
+    _refuse_hooks(head, where, who)
+    if owner_of(head.weight) is not None:
+        raise ElmoError(
+            f"{who}: an optimizer owns the weight of {where} already; call it before "
+            "constructing the optimizer"
+        )
+
+
+def _refuse_hooks(head: nn.Module, where: str, who: str) -> None:
     hooks: list[Any] = [
         head._forward_hooks,
         head._forward_pre_hooks,
         head._backward_hooks,
         head._backward_pre_hooks,
     ]
-    for param in params.values():
+    for param in head.parameters(recurse=False):
         hooks += [param._backward_hooks, param._post_accumulate_grad_hooks]
     if any(hooks):
         raise ElmoError(f"{who}: {where} has hooks, which would be lost; remove them first")
-    if owner_of(head.weight) is not None:
-        raise ElmoError(
-            f"{who}: an optimizer owns the weight of {where} already; call it before "
-            "constructing the optimizer"
-        )
 
 
 def _fill(weight: Tensor, values: Tensor | None, rounding: Rounding, seed: int) -> float:

@@ -207,14 +207,16 @@ class Owner(KeptGradients, OpenCalls):
                 f"the head weight {self.name} was updated inside backward() and also received a "
                 "dense gradient: another use of the weight (a tied embedding, a penalty, an "
                 "uncompiled call) is outside the compiled head, or an older gradient was left in "
-                ".grad. Construct the optimizer with fused=False, use the weight in one place, or "
-                "clear gradients with zero_grad(set_to_none=True)"
+                ".grad. Construct the optimizer with update_at='step', which adds them up, or with "
+                "fused=False, use the weight in one place, or clear gradients with "
+                "zero_grad(set_to_none=True)"
             )
         if self.in_use and self.replaced_by_unowned and not (self.pending or self.kept):
             raise FusedUpdateError(
                 f"the head weight {self.name} was replaced: the model now trains with a Parameter "
-                "that this optimizer does not own (load_state_dict(assign=True)?). Construct the "
-                "optimizer again from the model's parameters, or add it by add_param_group()"
+                "that this optimizer does not own (load_state_dict(assign=True), "
+                "dequantize_head()?). Construct the optimizer again from the model's parameters, "
+                "or add it by add_param_group()"
             )
         if self.kept:
             self._check_unchanged()

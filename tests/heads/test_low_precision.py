@@ -288,3 +288,32 @@ def test_other_optimizers_may_know_fp8() -> None:
     before = head.weight.detach().float()
     Halving(model.parameters()).step()
     assert torch.equal(head.weight.detach().float(), (before / 2).to(head.weight.dtype).float())
+
+
+@pytest.mark.parametrize("update_at", ["backward", "step"])
+def test_training_on_after_dequantising_is_an_error(update_at: str) -> None:
+    model = elmo.convert_head(net(), dtype=torch.bfloat16)
+    opt = elmo.optim.SGD(model.parameters(), lr=0.5, update_at=update_at)
+    for number in range(2):
+        compiled(model)(*batch(number)).backward()
+        opt.step()
+        opt.zero_grad()
+    elmo.dequantize_head(model)
+    x, labels = batch(2)
+    assert model(x, labels).isfinite()  # as for an export
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    compiled(model)(x, labels).backward()
+    with pytest.raises(ElmoError, match=r"was replaced: .* dequantize_head"):
+        opt.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_dequantising_does_not_lose_hooks() -> None:
+    model = elmo.convert_head(net(), dtype=torch.bfloat16)
+    handle = model.head.register_forward_hook(lambda *_: None)
+    with pytest.raises(ElmoError, match="dequantize_head: head has hooks"):
+        elmo.dequantize_head(model)
+    assert isinstance(model.head, LowPrecisionLinear)
+    handle.remove()
+    assert type(elmo.dequantize_head(model).head) is nn.Linear
