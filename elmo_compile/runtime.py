@@ -32,7 +32,7 @@ from elmo_compile.ops.kept import Tops, collecting
 from elmo_compile.ops.linear import carry
 from elmo_compile.ops.owners import Owner, live_owners, owner_of
 from elmo_compile.ops.shards import telling
-from elmo_compile.ops.unfused import is_read_elsewhere, note
+from elmo_compile.ops.unfused import FROZEN, is_read_elsewhere, note
 from elmo_compile.passes.defer import same_logits
 from elmo_compile.passes.find import is_matrix, weight_inputs
 from elmo_compile.passes.graphs import hint, parameter_name, tensor_of
@@ -358,7 +358,7 @@ def _data_parallel(weight: Tensor, *, at_step: bool) -> str:
 
 _CALL_REASONS: tuple[tuple[str, Callable[[Tensor], bool]], ...] = (
     ("gradients are off", lambda weight: not torch.is_grad_enabled()),
-    ("the weight is frozen", lambda weight: not weight.requires_grad),
+    (FROZEN, lambda weight: not weight.requires_grad),
     ("the weight is not contiguous", lambda weight: not weight.is_contiguous()),
     ("the weight has gradient hooks, which would see no gradient", hooked),
     ("the weight is an inference tensor", lambda weight: weight.is_inference()),

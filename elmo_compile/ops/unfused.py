@@ -13,6 +13,7 @@ _reasons: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _local = threading.local()
 _NEAR_BY = 256
 """Nodes of autograd that are looked at."""
+FROZEN = "the weight is frozen"
 
 
 @contextlib.contextmanager
@@ -55,6 +56,13 @@ def made_of(weight: Tensor) -> list[Tensor]:
                 seen.add(earlier)
                 work.append(earlier)
     return found
+
+
+def any_frozen_head() -> bool:
+    """Whether a graph of this process has a head whose weight is frozen: nothing is to be fused,
+    whoever trains the rest (an adapter, an encoder)."""
+    noted = list(_reasons.items())  # type: ignore[no-untyped-call]
+    return any(why == FROZEN and not weight.requires_grad for weight, why in noted)
 
 
 def reason(weight: Tensor) -> str:

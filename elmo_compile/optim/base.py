@@ -267,10 +267,9 @@ class HeadOptimizer(OwningOptimizer):
         first, self._stepped = not self._stepped, True
         if first and self._owners and not self.fused_parameters() and not self._warned:
             self._warned = True
-            warnings.warn(
-                nothing_fused(type(self).__name__, self._owners),
-                stacklevel=5,  # step() inside torch's two wrappers
-            )
+            sentence = nothing_fused(type(self).__name__, self._owners)
+            if sentence:
+                warnings.warn(sentence, stacklevel=5)  # step() inside torch's two wrappers
 
 
 def is_fused(param: Tensor) -> bool:

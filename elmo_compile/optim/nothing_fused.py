@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from elmo_compile.ops.owners import Owner
-from elmo_compile.ops.unfused import reason
+from elmo_compile.ops.unfused import any_frozen_head, reason
 
 _NAMED = 4
 """Weights that are named."""
@@ -18,13 +18,15 @@ _UNKNOWN = (
 
 
 def nothing_fused(optimizer: str, owners: Sequence[Owner]) -> str:
-    """The warning.
+    """The warning; empty where none of these is a head and the head that was found is frozen.
 
     Args:
         optimizer: its class.
         owners: of the weights that it could have fused.
     """
     known = {owner.name: reason(owner.param) for owner in owners if reason(owner.param)}
+    if not known and any_frozen_head():
+        return ""
     told = [f"{name}: {why}" for name, why in list(known.items())[:_NAMED]]
     if len(known) > _NAMED:
         told.append(f"{len(known) - _NAMED} more")

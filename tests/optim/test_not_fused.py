@@ -229,3 +229,19 @@ def test_the_warning_names_hooks() -> None:
     step(*batch()).backward()
     with pytest.warns(UserWarning, match="the weight has gradient hooks"):
         opt.step()
+
+
+def test_a_frozen_head_is_no_reason_to_warn(recwarn: pytest.WarningsRecorder) -> None:
+    """What trains is an adapter or an encoder."""
+    model = net()
+    model.head.requires_grad_(False)
+    before = model.head.weight.clone()
+    opt = elmo.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    step = compiled(model)
+    for number in range(2):
+        step(*batch(number)).backward()
+        opt.step()
+        opt.zero_grad()
+    assert elmo.last_report().matches
+    assert torch.equal(model.head.weight, before)
+    assert not [w for w in recwarn if "elmo_compile" in str(w.message)]
