@@ -161,9 +161,11 @@ class Owner(KeptGradients, OpenCalls):
         if ticket != self.ticket():
             raise FusedUpdateError(
                 f"the head weight {self.name} was already updated since this forward, so its "
-                "gradient would be taken at other weights. Run one backward per forward, and "
-                "opt.step() between them; to run several backwards, construct the optimizer with "
-                "fused=False (gradient accumulation needs update_at='step' or fused=False)"
+                "gradient would be taken at other weights: by another loss of the same backward, "
+                "by another backward, or by opt.step(). Compile the function that adds the losses "
+                "up, run backward() and opt.step() before the next forward, or construct the "
+                "optimizer with update_at='step' (several uses and backwards are added up) or "
+                "fused=False"
             )
 
     def check_consistent(self) -> None:
