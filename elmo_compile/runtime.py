@@ -329,10 +329,10 @@ def _device_of(head: PlannedHead, inputs: Sequence[Any]) -> torch.device:
 
 
 def _check_usable(head: PlannedHead, treatment: Treatment, inputs: Sequence[Any]) -> None:
-    """Raise FusedUpdateError where a head must not be called: its weight is half updated, or its
-    backward would update it where that is refused. Not while compiling: Dynamo would keep it."""
+    """Raise FusedUpdateError where a head must not be called: its weight is half updated. Not while
+    compiling: Dynamo would keep it."""
     if treatment.owner is not None:
-        treatment.owner.check_call()
+        treatment.owner.check_consistent()
     elif head.weight_input is not None:
         known = owner_of(inputs[head.weight_input])
         if known is not None:

@@ -177,10 +177,6 @@ class Owner(KeptGradients, OpenCalls):
                 "last checkpoint"
             )
 
-    def check_call(self) -> None:
-        """Raise FusedUpdateError if no fused call may be made."""
-        self.check_consistent()
-
     def notice_replacement(self, weight: Tensor) -> None:
         """The head was called, gradients on, with `weight` in this one's place."""
         self._replaced_by = weakref.ref(weight)

@@ -16,6 +16,7 @@ from elmo_compile.numerics.philox import ROUNDING_VERSION
 from elmo_compile.numerics.state_size import StateSize
 from elmo_compile.numerics.update import Update
 from elmo_compile.ops.dtensors import is_sharded
+from elmo_compile.ops.kept import about_to_change
 from elmo_compile.ops.owners import Owner, owner_of
 from elmo_compile.optim import options, state, whole
 from elmo_compile.optim.nothing_fused import nothing_fused
@@ -122,6 +123,9 @@ class HeadOptimizer(OwningOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            for member in self._members():  # the step's hook told whoever was there before it
+                if member.param.grad is not None:
+                    about_to_change(member.param)
         captured, wrong, skips = self._graphs.begin(self._members()), None, False
         self._check_groups()
         with torch.no_grad():

@@ -216,6 +216,27 @@ def test_a_closure_is_called_once(update_at: str, order: str) -> None:
     assert all(torch.isfinite(loss) for loss in losses)  # type: ignore[arg-type]
 
 
+def test_logits_of_a_closure_are_kept_as_others_are() -> None:
+    model: Any = net()
+    run: Any = torch.compile(
+        model.logits, backend="elmo", options={**EAGER, "deferred_logits": True}
+    )
+    opt = elmo.optim.SGD(model.parameters(), lr=5.0, update_at="step")
+    made = []
+
+    def closure() -> torch.Tensor:
+        inputs, labels = batch()
+        made.append((run(inputs), model.logits(inputs).argmax(-1)))
+        loss = torch.nn.functional.cross_entropy(made[-1][0], labels)
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    (logits, expected), = made  # fmt: skip
+    assert not torch.equal(model.logits(batch()[0]).argmax(-1), expected)
+    assert torch.equal(logits.argmax(-1), expected)
+
+
 def test_a_closure_that_accumulates() -> None:
     model = net()
     twin = copy.deepcopy(model)
