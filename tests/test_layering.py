@@ -86,6 +86,7 @@ MAY_TOUCH_PRIVATE: dict[str, set[str]] = {
     "elmo_compile/kernels/aten/direct.py": {"_inductor"},
     "elmo_compile/kernels/aten/traced_once.py": {"_inductor"},
     "elmo_compile/lowering.py": {"_inductor"},
+    "elmo_compile/ops/again.py": {"_C"},
     "elmo_compile/ops/fused.py": {"_C"},
     "elmo_compile/ops/hidden_gradients.py": {"_dynamo"},
     "elmo_compile/ops/second_pass.py": {"_C"},

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from elmo_compile.deferred.gradient import backward, gradient
 from elmo_compile.deferred.nodes import derive
 from elmo_compile.deferred.origin import FAKES, fake
+from elmo_compile.deferred.rows import order_of, parts_of
 from elmo_compile.deferred.state import Root, State
 from elmo_compile.deferred.step import Argument, Step, as_argument
 from elmo_compile.deferred.tables import (
@@ -101,7 +102,7 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     elif func in LOSSES or (func in ROWS and not (state.available or _fused(logits, root))):
         return _streamed(logits, Step(func, rest, named))
     if func in PARTS:
-        return _parts(func, logits, rest, named)
+        return parts_of(func, logits, rest, named)
     step = _kept(func, logits, rest, named)
     made = None if step is None else derive(logits, step, others)
     return NotImplemented if made is None else made
@@ -110,7 +111,7 @@ def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _kept(func: Any, logits: Deferred, rest: tuple[Any, ...], named: dict[str, Any]) -> Step | None:
     """The operation as a step; None if it cannot be one."""
     if func in PERMUTES:
-        order = _order(func, logits.ndim, rest, named)
+        order = order_of(func, logits.ndim, rest, named)
         return None if order is None else Step(Tensor.permute, (order,), {})
     if func not in STAYS_DEFERRED or not _stays(func, rest, named, logits):
         return None
@@ -119,63 +120,6 @@ def _kept(func: Any, logits: Deferred, rest: tuple[Any, ...], named: dict[str, A
         root.check(may_wait=False)  # Where nothing could be read of the result, it is said here.
     rest = _with_tensor_scale(logits, rest) if func in SCALES else rest
     return Step(func, *_indexed(func, rest), named)
-
-
-def _order(func: Any, ndim: int, rest: Any, named: Any) -> tuple[int, ...] | None:
-    """The order in which an operation puts `ndim` dimensions; None if it raises."""
-    sizes = tuple(range(2, 2 + ndim))
-    try:
-        with FAKES, torch.no_grad():
-            made: Tensor = func(torch.empty(sizes), *rest, **named)
-    except Exception:  # The operation itself raises it better.
-        return None
-    return tuple(sizes.index(size) for size in made.shape)
-
-
-FEWEST_ROWS = 16
-"""Of a part that is worth a pass of its own over the weight."""
-
-
-def _parts(func: Any, logits: Deferred, rest: Any, named: Any) -> Any:
-    """Rows by parts, each deferred.
-
-    Not where the weight gets a gradient: that of every part would be as large as the weight.
-    """
-    state = logits._state
-    root, _ = state.recipe()
-    outputs = state.outputs
-    dim = named.get("dim", (*rest, *([0] * 2))[0 if func.__name__ == "unbind" else 1])
-    by_rows = isinstance(dim, int) and logits.ndim > 1 and dim % logits.ndim != logits.ndim - 1
-    if not (by_rows and state.fake.shape[-1] == outputs) or _trained(logits, root):
-        return NotImplemented
-    try:
-        with FAKES, torch.no_grad():
-            made = tuple(func(state.fake, *rest, **named))
-    except Exception:  # The operation itself raises it better.
-        return NotImplemented
-    if not made or min(part.numel() for part in made) < FEWEST_ROWS * outputs:
-        return NotImplemented
-    steps, start = [], 0
-    for number, part in enumerate(made):
-        if part.ndim < logits.ndim:
-            steps.append(Step(Tensor.select, (dim, number), {}))
-        else:
-            steps.append(Step(Tensor.narrow, (dim, start, part.shape[dim]), {}))
-            start += part.shape[dim]
-    parts = tuple(derive(logits, step) for step in steps)
-    return iter(parts) if func is Tensor.__iter__ else parts
-
-
-def _trained(logits: Deferred, root: State) -> bool:
-    """Whether a loss of these logits would give a weight its gradient."""
-    if not (logits.requires_grad and torch.is_grad_enabled()):
-        return False
-    inputs = root.inputs if isinstance(root, Root) else ()
-    outputs = logits._state.outputs
-    return any(
-        isinstance(v, Tensor) and v.requires_grad and v.ndim > 1 and outputs in v.shape
-        for v in inputs
-    )
 
 
 def _fused(logits: Deferred, root: Root) -> bool:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from elmo_compile.errors import FusedUpdateError
+from elmo_compile.ops.again import not_written, weight_is_wanted
 from elmo_compile.ops.data_parallel import group_of
-from elmo_compile.ops.fused import UNCAPTURED, check_finite, not_written, weight_is_wanted
+from elmo_compile.ops.fused import UNCAPTURED, check_finite
 from elmo_compile.ops.head_program import (
     fake_results,
     find_program,

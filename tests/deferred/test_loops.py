@@ -8,26 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from loop_net import OPTIONS, L, Net, batches, fresh
 from torch import Tensor, nn
 
 import elmo_compile as elmo
 from elmo_compile.backend import elmo_backend
 from elmo_compile.deferred import Deferred
-from elmo_compile.report import store
 from elmo_compile.testing.memory import PeakBytes
-
-ROWS, L = 12, 300
-OPTIONS = {"lower": "eager", "min_outputs": 64, "chunk_size": 50}
-
-
-class Net(nn.Module):
-    def __init__(self, outputs: int = L) -> None:
-        super().__init__()
-        self.encoder, self.head = nn.Linear(5, 8), nn.Linear(8, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = self.head(torch.tanh(self.encoder(x)))
-        return z
 
 
 class Both(Net):
@@ -36,14 +23,6 @@ class Both(Net):
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         z = super().forward(x)
         return {"loss": F.cross_entropy(z, y), "logits": z}
-
-
-def batches(count: int) -> list[tuple[Tensor, Tensor]]:
-    make = torch.Generator().manual_seed(3)
-    return [
-        (torch.randn(ROWS, 5, generator=make), torch.randint(0, L, (ROWS,), generator=make))
-        for _ in range(count)
-    ]
 
 
 def train(model: Any, opt: Any, run: Any) -> tuple[list[float], list[list[int]]]:
@@ -58,12 +37,6 @@ def train(model: Any, opt: Any, run: Any) -> tuple[list[float], list[list[int]]]
         losses.append(loss.item())
         best.append(z.argmax(-1).tolist())
     return losses, best
-
-
-def fresh(model: nn.Module) -> Any:
-    torch._dynamo.reset()
-    store.clear()
-    return model
 
 
 @pytest.mark.parametrize("deferred", ["auto", True])
@@ -214,48 +187,6 @@ def test_never_new_weights() -> None:
             read()
 
 
-def averaged(weight: Any, other: torch.Tensor) -> None:
-    weight.data.copy_(other)
-
-
-def merged(weight: Any, other: torch.Tensor) -> None:
-    weight.data += other - weight.data
-
-
-def swapped(weight: Any, other: torch.Tensor) -> None:
-    weight.data = other
-
-
-@pytest.mark.parametrize(
-    ("dtype", "write"),
-    [
-        (dtype, write)
-        for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
-        for write in (averaged, merged, swapped)
-        if not (write is merged and dtype == torch.float8_e4m3fn)  # which torch does not add
-    ],
-)
-@pytest.mark.parametrize("grad", [False, True])
-def test_weights_written_through_data(write: Any, dtype: torch.dtype, grad: bool) -> None:
-    """Averaged weights, and merged adapters, are put in place so: torch counts no version."""
-    torch.manual_seed(0)
-    model = fresh(Net())
-    if dtype != torch.float32:
-        elmo.convert_head(model, dtype=dtype)
-    run: Any = torch.compile(model, backend="elmo", options=OPTIONS)
-    x, y = batches(1)[0]
-    other = (model.head.weight.detach().float() * 1.5).to(dtype)
-    for read in (lambda z: z.sum(), lambda z: F.cross_entropy(z, y), lambda z: z.argmax(-1)):
-        with torch.set_grad_enabled(grad):
-            z, kept = run(x), model.head.weight.data.clone()
-            write(model.head.weight, other)
-            with pytest.raises(elmo.StaleLogitsError, match="so nothing was kept"):
-                read(z)
-            model.head.weight.data = kept
-            z = run(x)
-            torch.testing.assert_close(read(z).detach(), read(model(x)).detach(), rtol=2e-2, atol=0)
-
-
 def test_a_dense_use_of_a_fused_head_is_not_lost() -> None:
     """Both a fused loss and a use of the values: an error, not a wrong update."""
     torch.manual_seed(0)
@@ -387,49 +318,3 @@ def test_a_loss_and_a_penalty_of_the_same_logits(update_at: str) -> None:
     theirs.step()
     for mine, other in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(mine, other)
-
-
-class WritesData(torch.optim.SGD):
-    """As many optimizers of other libraries."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for p in (p for group in self.param_groups for p in group["params"]):
-            p.data.add_(p.grad, alpha=-0.5)
-
-
-UNCOUNTED = {
-    "fused": lambda params: torch.optim.AdamW(params, lr=0.5, fused=True),
-    "data": lambda params: WritesData(params, lr=0.5),
-}
-
-
-@pytest.mark.parametrize("name", list(UNCOUNTED))
-def test_steps_that_count_no_version(name: str) -> None:
-    torch.manual_seed(0)
-    model = fresh(Net())
-    opt = UNCOUNTED[name](model.parameters())
-    run: Any = torch.compile(model, backend="elmo", options={**OPTIONS, "deferred_logits": True})
-    x, y = batches(1)[0]
-    z, before = run(x), model(x).argmax(-1)
-    F.cross_entropy(z, y).backward()
-    opt.step()
-    assert torch.equal(z.argmax(-1), before)
-    for read in (
-        lambda: z.exp(),
-        lambda: F.cross_entropy(z, y),
-        lambda: z.detach().softmax(-1).sum(),
-    ):
-        with pytest.raises(elmo.StaleLogitsError):
-            read()
-
-
-def test_a_step_without_the_head_leaves_its_logits_readable() -> None:
-    torch.manual_seed(0)
-    model = fresh(Net())
-    opt = torch.optim.AdamW(model.head.parameters(), lr=0.5, fused=True)
-    run: Any = torch.compile(model, backend="elmo", options={**OPTIONS, "deferred_logits": True})
-    x, _ = batches(1)[0]
-    z = run(x)
-    opt.step()
-    torch.testing.assert_close(z + 0, model(x))
