@@ -204,13 +204,18 @@ def main() -> None:
             measured = measure(case, args.rounds, args.only, not args.no_memory)
             print(table(measured), flush=True)
             rows += measured
+            if args.json:  # after each case: the next may be cut off
+                write(args.json, rows)
             gc.collect()
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"environment": environment(), "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-        args.json.with_suffix(".md").write_text(table(rows) + "\n")
-        plot(rows, args.json.with_suffix(".png"))
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Raw rows with where they were measured, a table and a plot beside them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    report = {"environment": environment(), "rows": rows}
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    file.with_suffix(".md").write_text(table(rows) + "\n")
+    plot(rows, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

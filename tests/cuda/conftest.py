@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from steps import CHUNK
 
 HERE = Path(__file__).parent
 PRETENDED = "host_cuda" in sys.modules
@@ -31,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def options(request: pytest.FixtureRequest) -> dict[str, object]:
     """Options of the backend under which small heads are rewritten."""
-    return {"min_outputs": 256, "chunk_size": 256, "lower": request.param}
+    return {"min_outputs": CHUNK, "chunk_size": CHUNK, "lower": request.param}
 
 
 @contextlib.contextmanager

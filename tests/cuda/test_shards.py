@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import PRETENDED
-from steps import BF16, FP8, D, L, net, on_device
+from steps import BF16, CHUNK, FP8, D, L, net, on_device
 from torch.distributed.device_mesh import init_device_mesh
 from training import compiled
 
@@ -51,7 +51,8 @@ def test_training(kind: str, dtype: Any, how: str, mesh: Any) -> None:
         if sharded:
             elmo.distributed.shard_head(model, mesh)
         # The very gradient: no product formed at once, which a sharded head's is not.
-        options = {"min_outputs": 256, "chunk_size": 256, "lower": "eager", "loss_value": "exact"}
+        options = {"min_outputs": CHUNK, "chunk_size": CHUNK, "lower": "eager"}
+        options["loss_value"] = "exact"
         step = compiled(model, options)
         opt = elmo.optim.AdamW(model.parameters(), 1e-2, **HOW[how])
         losses = []
@@ -88,7 +89,7 @@ def test_topk(mesh: Any) -> None:
 def test_bad_labels_leave_the_weight_alone(mesh: Any) -> None:
     model = net("bce").to("cuda")
     elmo.distributed.shard_head(model, mesh)
-    step = compiled(model, {"min_outputs": 256, "chunk_size": 256, "lower": "eager"})
+    step = compiled(model, {"min_outputs": CHUNK, "chunk_size": CHUNK, "lower": "eager"})
     opt = elmo.optim.SGD(model.parameters(), 0.1)
     x, labels = on_device(0)
     before = model.head.weight.detach().to_local().clone()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import BF16, FP8, KINDS, WITH_KERNELS, D, L, N, Net, batch, net, on_device
+from steps import BF16, CHUNK, FP8, KINDS, WITH_KERNELS, D, L, N, Net, batch, net, on_device
 from torch import Tensor, nn
 from training import Saturated, compiled, integers
 
@@ -81,7 +81,7 @@ def test_fused_training_is_torch_s(kind, rule, options, no_host_reads):
 def test_a_step_whose_graph_inductor_compiled(kind):
     want, _ = eager_run(kind, RULES["sgd"][1])
     model = net(kind).to("cuda")
-    step = compiled(model, {"min_outputs": 256, "chunk_size": 256})
+    step = compiled(model, {"min_outputs": CHUNK, "chunk_size": CHUNK})
     opt = elmo.optim.SGD(model.parameters(), 0.5)
     for seed in range(2):
         step(*on_device(seed)).backward()

@@ -308,8 +308,9 @@ def test_values_used_again_and_again() -> None:
         assert_alike(made.sum(-1), (expected / 30).pow(512).sum(-1))
 
 
-@pytest.mark.parametrize("lower", ["eager", "inductor"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "lower"), [(torch.bfloat16, "inductor"), (torch.float16, "eager")], ids=str
+)
 def test_no_logit_is_larger_than_itself(dtype: torch.dtype, lower: str) -> None:
     """Programs compute in float32; what they return, and what is compared, is rounded."""
     torch.manual_seed(0)

@@ -194,8 +194,17 @@ def test_layouts_are_taken_where_they_can_be() -> None:
     assert layout(FP8, 8, compensation=state.bfloat16()) == "plain"
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw, bf16", "kahan rows", "adagrad"])
-@pytest.mark.parametrize("weight", ["bf16", "fp8"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("weight", "name"),
+    [  # each weight and each rule once
+        ("bf16", "adamw, bf16"), ("bf16", "adagrad"), ("fp8", "sgd"), ("fp8", "kahan rows"),
+        *(pytest.param("bf16", name, marks=SLOW) for name in ("sgd", "kahan rows")),
+        *(pytest.param("fp8", name, marks=SLOW) for name in ("adamw, bf16", "adagrad")),
+    ],
+)  # fmt: skip
 def test_threads_do_not_enter(weight: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled vector code on one thread and on two stores the same bits, for any chunk."""
     monkeypatch.setattr(head, "SMALL", 0)
