@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from elmo_compile.deferred.origin import FAKES, fake
-from elmo_compile.deferred.state import State, version
+from elmo_compile.deferred.state import State
 from elmo_compile.deferred.step import Step
 from elmo_compile.deferred.tensor import Deferred
+from elmo_compile.deferred.unchanged import Sample, identity, version
 from elmo_compile.errors import StaleLogitsError
 from elmo_compile.ops.kept import watch
 from elmo_compile.ops.open_calls import OpenLoss
@@ -32,7 +33,8 @@ class Loss(State):
         with FAKES:
             super().__init__(fake(opened.loss))
         self._owner, self._serial, self._opened = owner, serial, opened
-        self._version, self._read_version = version(owner.param), version(opened.read)
+        self._weight, self._sample = identity(owner.param), Sample(owner.param)
+        self._read_version = version(opened.read)
         watch(owner.param, self)
 
     @property
@@ -62,7 +64,8 @@ class Loss(State):
 
     def _check_unchanged(self) -> None:
         """Raise StaleLogitsError if what the value is computed from was written to."""
-        if version(self._owner.param) != self._version:
+        weight = self._owner.param
+        if identity(weight) != self._weight or not self._sample.holds():
             what = f"the head weight {self._owner.name} has"
         elif version(self._opened.read) != self._read_version:
             what = "its targets have"

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from elmo_compile.deferred.origin import Origin
 from elmo_compile.deferred.step import Step
+from elmo_compile.deferred.unchanged import Sample, identity, is_weight
 from elmo_compile.errors import StaleLogitsError
 from elmo_compile.numerics.capture import capturing
 from elmo_compile.ops.data_parallel import active_wrapper
 from elmo_compile.ops.kept import watch
-from elmo_compile.ops.owners import replayed_updates
 from elmo_compile.ops.unfused import note
 
 
@@ -145,8 +145,8 @@ class Root(State):
         self.inputs = tuple(self._held(value) for value in inputs)
         self.data_parallel = active_wrapper()
         """The DistributedDataParallel in whose forward they were made: their losses are its."""
-        self._versions = [_identity(value) for value in self.inputs]
-        self._samples = [_Sample(value) for value in self.inputs if _is_weight(value)]
+        self._versions = [identity(value) for value in self.inputs]
+        self._samples = [Sample(value) for value in self.inputs if is_weight(value)]
         self._outdated = False
         self._top: tuple[Tensor, ...] | None = None
         for value in self.inputs:
@@ -182,7 +182,7 @@ class Root(State):
     @property
     def stale(self) -> bool:
         """Whether an input changed since the forward."""
-        return self._outdated or [_identity(value) for value in self.inputs] != self._versions
+        return self._outdated or [identity(value) for value in self.inputs] != self._versions
 
     def check(self, *, may_wait: bool = True) -> None:
         """Raise StaleLogitsError if the values can no longer be made.
@@ -190,8 +190,8 @@ class Root(State):
         Args:
             may_wait: for a GPU, to look whether the weight was written uncounted.
         """
-        if not self.stale and (may_wait or self.fake.device.type == "cpu"):
-            self._outdated = not all(sample.holds() for sample in self._samples)
+        if may_wait or self.fake.device.type == "cpu":
+            self._look()
         if self.in_graph and not capturing(self.fake.device):
             raise StaleLogitsError(
                 "the logits were deferred while a CUDA graph was captured, and were not read then: "
@@ -206,6 +206,12 @@ class Root(State):
                 f"options={{'deferred_logits': False}}; {self._kept}"
             )
 
+    def _look(self) -> bool:
+        """Whether an input changed, uncounted writes to weights included."""
+        if not self.stale:
+            self._outdated = not all(sample.holds() for sample in self._samples)
+        return self.stale
+
     @property
     def _kept(self) -> str:
         if self._top is None and self._collected is None:
@@ -219,7 +225,7 @@ class Root(State):
         if self._top is None:
             if self._collected is not None:
                 self._top = self._shaped(*self._collected.result())
-            elif self.stale:
+            elif self._look():
                 return None
             else:
                 self.check()
@@ -244,10 +250,10 @@ class Root(State):
             return
         if self._values is not None:
             _keep(copy for copy in self.copies if copy.source_changed)
-        elif not self.large:
-            self.real()
-        else:
+        elif self.large:
             self.top()
+        elif not self._look():
+            self.real()
 
     def after_change(self) -> None:
         self._outdated = True
@@ -352,45 +358,3 @@ def _keep(copies: Iterable[Derived]) -> None:
         if not copy.large:
             with contextlib.suppress(StaleLogitsError):
                 copy.real()
-
-
-def _is_weight(value: Any) -> bool:
-    return type(value) is torch.nn.Parameter and value.ndim == 2 and value.numel() > 0
-
-
-def _identity(value: Any) -> tuple[int, int]:
-    """Changes with counted writes, and with `weight.data = other`."""
-    return version(value), value.data_ptr() if _is_weight(value) else 0
-
-
-class _Sample:
-    """Some elements of a weight: what writes through `.data` (weights averaged or merged in place)
-    changes all of it, uncounted."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
-        self._bytes = None if capturing(weight.device) else self._read()
-
-    def holds(self) -> bool:
-        """Whether they are what they were; a GPU is waited for."""
-        if self._bytes is None or capturing(self._weight.device):
-            return True
-        now = self._read()
-        return now.device == self._bytes.device and torch.equal(now, self._bytes)
-
-    def _read(self) -> Tensor:
-        rows, columns = (max(1, size // many) for size, many in zip(self._weight.shape, (64, 4)))
-        with torch.no_grad():
-            return (
-                self._weight.detach()[::rows, ::columns]
-                .clone(memory_format=torch.contiguous_format)
-                .view(torch.uint8)
-            )
-
-
-def version(value: Any) -> int:
-    """How often a tensor was written in place, as far as torch counts it, or an owner's replays."""
-    if not isinstance(value, Tensor) or value.is_inference():
-        return 0
-    replayed = replayed_updates(value) if isinstance(value, torch.nn.Parameter) else 0
-    return int(value._version) + replayed

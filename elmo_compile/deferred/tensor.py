@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 
 from elmo_compile.deferred.made import COMPILED, read_by
 from elmo_compile.deferred.origin import FAKES
-from elmo_compile.deferred.state import Derived, Given, Root, State, version
+from elmo_compile.deferred.state import Derived, Given, Root, State
 from elmo_compile.deferred.step import Step
+from elmo_compile.deferred.unchanged import version
 
 
 class Deferred(Tensor):

@@ -92,6 +92,8 @@ class Owner(KeptGradients, OpenCalls):
                 "optimizer if another one trains the weight now). Call it after every backward; to "
                 "accumulate gradients use update_at='step' with accumulate='stash', or fused=False"
             )
+        if self._has_gradient():
+            raise self._beside_a_gradient("would be updated inside backward(), but has a")
 
     def check_keep(self, ticket: int) -> None:
         """Raise FusedUpdateError if a backward for `ticket` must not add to what is kept."""
@@ -201,14 +203,7 @@ class Owner(KeptGradients, OpenCalls):
             )
         self.check_consistent()
         if self.in_use and self.pending and self._has_gradient():
-            raise FusedUpdateError(
-                f"the head weight {self.name} was updated inside backward() and also received a "
-                "dense gradient: another use of the weight (a tied embedding, a penalty, an "
-                "uncompiled call) is outside the compiled head, or an older gradient was left in "
-                ".grad. Construct the optimizer with update_at='step', which adds them up, or with "
-                "fused=False, use the weight in one place, or clear gradients with "
-                "zero_grad(set_to_none=True)"
-            )
+            raise self._beside_a_gradient("was updated inside backward() and also received a")
         if self.in_use and self.replaced_by_unowned and not (self.pending or self.kept):
             raise FusedUpdateError(
                 f"the head weight {self.name} was replaced: the model now trains with a Parameter "
@@ -219,6 +214,15 @@ class Owner(KeptGradients, OpenCalls):
         if self.kept:
             self._check_unchanged()
         self.check_invalid()
+
+    def _beside_a_gradient(self, what: str) -> FusedUpdateError:
+        return FusedUpdateError(
+            f"the head weight {self.name} {what} dense gradient: another use of the weight (a tied "
+            "embedding, a penalty, logits whose values were made, an uncompiled call) is outside "
+            "the compiled head, or an older gradient was left in .grad. Construct the optimizer "
+            "with update_at='step', which adds them up, or with fused=False, use the weight in one "
+            "place, or clear gradients with zero_grad()"
+        )
 
     def _has_gradient(self) -> bool:
         """Whether `.grad` says anything: zero_grad(set_to_none=False) leaves zeros there."""

@@ -54,6 +54,45 @@ def test_weights_written_through_data(write: Any, dtype: torch.dtype, grad: bool
             torch.testing.assert_close(read(z).detach(), read(model(x)).detach(), rtol=2e-2, atol=0)
 
 
+@pytest.mark.parametrize("size", [0, "1GiB"], ids=["the top is kept", "values are kept"])
+@pytest.mark.parametrize("write", [averaged, merged, swapped])
+def test_a_step_beside_logits_of_other_weights(write: Any, size: Any) -> None:
+    """Nothing can be kept of them: no business of who steps."""
+    torch.manual_seed(0)
+    model = fresh(Net())
+    run: Any = torch.compile(model, backend="elmo", options={**OPTIONS, "memory_budget": size or 1})
+    opt = elmo.optim.SGD(model.parameters(), 0.1, update_at="step")
+    x, y = batches(1)[0]
+    with torch.no_grad():
+        held = run(x)
+    write(model.head.weight, model.head.weight.detach() * 1.5)
+    F.cross_entropy(run(x), y).backward()
+    opt.step()
+    for read in (lambda z: z.sum(), lambda z: z.argmax(-1)):
+        with pytest.raises(elmo.StaleLogitsError):
+            read(held)
+
+
+@pytest.mark.parametrize("write", [averaged, merged, swapped])
+def test_an_unread_loss(write: Any) -> None:
+    torch.manual_seed(0)
+    model = fresh(Net())
+
+    def loss(x: Any, y: Any) -> Any:
+        t = elmo.multi_hot(y[:, None], model.head.out_features)
+        return F.binary_cross_entropy_with_logits(model(x), t)
+
+    run: Any = torch.compile(loss, backend="elmo", options=OPTIONS)
+    opt = elmo.optim.SGD(model.parameters(), 0.1)
+    x, y = batches(1)[0]
+    unread = run(x, y)
+    write(model.head.weight, model.head.weight.detach() * 1.5)
+    with pytest.raises(elmo.StaleLogitsError, match=r"head\.weight has changed since"):
+        unread.item()
+    assert run(x, y).item() == pytest.approx(loss(x, y).item(), rel=1e-5)
+    del opt
+
+
 class WritesData(torch.optim.SGD):
     """As many optimizers of other libraries."""
 

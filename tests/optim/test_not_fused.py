@@ -123,6 +123,27 @@ def test_a_second_use_outside_the_graph_is_named_by_step() -> None:
     assert torch.equal(model.encoder.weight, before)
 
 
+@pytest.mark.parametrize("kind", ["ce", "bce"])
+def test_beside_a_gradient_that_is_there_nothing_is_updated(kind: str) -> None:
+    """Of a loss that was not fused, or of a step that nobody made."""
+    model = net(kind)
+    step, opt = owned(model)
+    model(*batch(0)).backward()
+    twin = copy.deepcopy(model)
+    gradient = model.head.weight.grad.clone()
+    with pytest.raises(FusedUpdateError, match=r"has a dense gradient.*zero_grad\(\)"):
+        step(*batch(1)).backward()
+    assert torch.equal(model.head.weight, twin.head.weight)
+    assert torch.equal(model.head.weight.grad, gradient)
+    opt.zero_grad(set_to_none=False)  # zeros are no gradient
+    twin.zero_grad()
+    step(*batch(1)).backward()
+    opt.step()
+    twin(*batch(1)).backward()
+    torch.optim.SGD(twin.parameters(), 0.5).step()
+    assert_same(model, twin)
+
+
 class Halved(nn.Module):
     """A head whose weight is computed."""
 
