@@ -118,6 +118,14 @@ class Held(NamedTuple):
     weight: int  # of World.weights
 
 
+class Kept(NamedTuple):
+    """A loss that was returned and not read, and eager's."""
+
+    ours: Tensor
+    theirs: Tensor
+    weight: int
+
+
 class Over(Exception):
     """A loop was refused in a way that leaves nothing to go on with but to start again."""
 
@@ -135,6 +143,7 @@ class World:
         self.optimizers = self.make_optimizers()
         self.reference = torch_optimizer(setup.rule, self.theirs.parameters())
         self.held: list[Held] = []
+        self.kept: list[Kept] = []
         self.pending = 0
         self.weights = 0  # how often the head changed
         self.written = 0  # its number when it was last written behind torch's back
@@ -295,6 +304,25 @@ class World:
             torch.testing.assert_close(mine.detach() + 0, their.detach(), rtol=1e-4, atol=1e-5)
         self.held = [other for other in self.held if other is not held]
 
+    def keep(self, way: str, kind: str, seed: int) -> None:
+        if not self.ahead:
+            self.kept.append(Kept(*self.losses(way, kind, seed), self.weights))
+
+    def ask(self, which: int, backward: bool) -> None:
+        """For a loss that is older; its value is that of the weights it was made with."""
+        if not self.kept:
+            return
+        kept = self.kept.pop(which % len(self.kept))
+        changed = kept.weight != self.weights or self.ahead
+        try:
+            found = kept.ours.detach() + 0
+        except StaleLogitsError:
+            assert changed
+        else:
+            torch.testing.assert_close(found, kept.theirs.detach(), rtol=1e-4, atol=1e-5)
+        if backward and not changed and kept.theirs.requires_grad:
+            self.backward(kept.ours, kept.theirs)
+
     def perturb(self, how: str) -> None:
         if self.pending:
             return
@@ -350,6 +378,7 @@ class World:
             part.load_state_dict(saved)
         self.weights += 1
         self.held.clear()
+        self.kept.clear()
 
     def copied(self, seed: int) -> None:
         """A copy has its own weights, and trains by itself."""

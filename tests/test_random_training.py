@@ -36,6 +36,8 @@ event = st.one_of(
     st.tuples(st.just("read"), SEEDS, st.sampled_from(sorted(READINGS))),
     st.tuples(st.just("read"), SEEDS, st.sampled_from(sorted(READINGS))),
     st.tuples(st.just("train_on_held"), SEEDS, KINDS),
+    st.tuples(st.just("keep"), WAYS, KINDS, SEEDS),
+    st.tuples(st.just("ask"), SEEDS, BOTH),
     st.tuples(st.just("perturb"), st.sampled_from(["decay", "row", "data", "swap", "load"])),
     st.tuples(st.just("freeze"), st.sampled_from(["head", "encoder"]), BOTH),
     st.tuples(st.just("rate"), st.sampled_from([0.5, 1.5])),
