@@ -89,6 +89,7 @@ MAY_TOUCH_PRIVATE: dict[str, set[str]] = {
     "elmo_compile/ops/again.py": {"_C"},
     "elmo_compile/ops/fused.py": {"_C"},
     "elmo_compile/ops/hidden_gradients.py": {"_dynamo"},
+    "elmo_compile/ops/reached.py": {"_C"},
     "elmo_compile/ops/second_pass.py": {"_C"},
     "passes/modes.py": {"_C"},
 }

@@ -16,6 +16,7 @@ from elmo_compile.deferred.tensor import Deferred, autograd_view, keep_from_dyna
 from elmo_compile.errors import FusedUpdateError
 from elmo_compile.ops.exclusion import is_excluded
 from elmo_compile.ops.linear import carry
+from elmo_compile.ops.reached import note_values
 
 
 class Defer(torch.autograd.Function):
@@ -130,6 +131,9 @@ def defer(
     with torch.set_grad_enabled(grad):
         made: Deferred = Defer.apply(root, *entering, *carriers)  # type: ignore[no-untyped-call]
     made.attach()
+    for value in values:
+        if made.grad_fn is not None and isinstance(value, torch.nn.Parameter):
+            note_values(value, made.grad_fn)
     excluded = any(isinstance(v, torch.nn.Parameter) and is_excluded(v) for v in values)
     if not excluded:
         return made

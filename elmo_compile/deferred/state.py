@@ -101,6 +101,7 @@ class State:
         mode = contextlib.nullcontext() if same else torch.inference_mode(self._inference)
         with mode, torch.no_grad():  # Values made in inference mode are of no use outside of it.
             made = self._make()
+            made = _laid_out(made, self.fake) if self.memory is self else made
         if not self.in_graph or capturing(made.device):
             self._values = made
         return made
@@ -290,6 +291,14 @@ class Derived(State):
         return any(one.written for one in (self.source, *self._others))  # type: ignore[attr-defined]
 
     @property
+    def history_changed(self) -> bool:
+        """Whether someone wrote into that, or into what it is made from."""
+        if self.source_changed:
+            return True
+        states = [one._state for one in (self.source, *self._others)]  # type: ignore[attr-defined]
+        return any(isinstance(state, Derived) and state.history_changed for state in states)
+
+    @property
     def available(self) -> bool:
         return self._values is not None or self.parent.available
 
@@ -315,7 +324,7 @@ class Derived(State):
         root, _ = self.recipe()
         if not self.step.reads_logits:
             made: Tensor = self.step(self.before())
-        elif self.source_changed:
+        elif self.history_changed:
             made = root.remake(self.recipe()[1])
         else:
             made = self.step(self.before(), root=root.real())
@@ -350,6 +359,16 @@ class Given(State):
     def __init__(self, values: Tensor) -> None:
         super().__init__(values)
         self._values = values
+
+
+def _laid_out(made: Tensor, as_told: Tensor) -> Tensor:
+    """Values in the strides that were told; of some operations torch's fake tensors tell others
+    than its kernels then return."""
+    if made.stride() == as_told.stride():
+        return made
+    return torch.empty_strided(
+        made.shape, as_told.stride(), dtype=made.dtype, device=made.device
+    ).copy_(made)
 
 
 def _keep(copies: Iterable[Derived]) -> None:

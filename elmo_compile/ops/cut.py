@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,4 +21,8 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-cut.register_autograd(lambda ctx, grad: None)
+def _setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.mark_non_differentiable(output)
+
+
+cut.register_autograd(lambda ctx, grad: None, setup_context=_setup)

@@ -32,6 +32,7 @@ from elmo_compile.ops.call import (
 from elmo_compile.ops.data_parallel import group_of, number_of, wrapper_of
 from elmo_compile.ops.head_loss import fake_outputs
 from elmo_compile.ops.owners import Owner, new_serial, owner_by_key
+from elmo_compile.ops.reached import note_loss
 from elmo_compile.ops.second_pass import keep_head
 from elmo_compile.ops.shards import telling
 from elmo_compile.ops.spread import Spread, spread_of
@@ -80,6 +81,8 @@ def open_call(owner: Owner) -> tuple[Tensor, Tensor, Tensor]:
     values = [owner.key, owner.ticket(), new_serial(), int(at_once), version, wrapper]
     handle = torch.tensor(values, device="cpu")  # whatever torch.set_default_device says
     anchor: Tensor = Anchor.apply(owner.param)  # type: ignore[no-untyped-call]
+    if anchor.grad_fn is not None:
+        note_loss(owner.param, anchor.grad_fn)
     return anchor, handle, torch.zeros((), dtype=torch.int64, device="cpu")
 
 

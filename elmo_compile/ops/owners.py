@@ -27,6 +27,7 @@ from elmo_compile.ops.dtensors import local_of
 from elmo_compile.ops.kept import about_to_change
 from elmo_compile.ops.kept_gradients import KeptGradients
 from elmo_compile.ops.open_calls import OpenCalls
+from elmo_compile.ops.reached import reaches_two_losses, reaches_values
 from elmo_compile.ops.replays import Replays
 from elmo_compile.ops.second_pass import Kept, apply, current_task, for_kept
 
@@ -94,6 +95,20 @@ class Owner(KeptGradients, OpenCalls):
             )
         if self._has_gradient():
             raise self._beside_a_gradient("would be updated inside backward(), but has a")
+        if reaches_two_losses(self.param):
+            raise FusedUpdateError(
+                f"one backward reaches two losses of the head weight {self.name}, and each would "
+                "update it; nothing was changed. Compile the function that computes their sum, "
+                "construct the optimizer with update_at='step' and accumulate='stash', which adds "
+                "them up, or with fused=False"
+            )
+        if reaches_values(self.param):
+            raise FusedUpdateError(
+                f"one backward reaches a loss that would update the head weight {self.name} and "
+                "values of its logits, whose gradient would be taken at other weights; nothing "
+                "was changed. Compile the function that computes both, take both from what "
+                "streams (docs/logits.md), or construct the optimizer with update_at='step'"
+            )
 
     def check_keep(self, ticket: int) -> None:
         """Raise FusedUpdateError if a backward for `ticket` must not add to what is kept."""

@@ -284,6 +284,8 @@ class _Emitter:
         if combine in ("argmax", "argmin", "topk", "logsumexp") and len(dims_of(node)) > 1:
             raise Unsupported(node, f"{node.target} over rows and outputs", "reduce outputs alone")
         if combine == "logsumexp":
+            if not source.meta["val"].dtype.is_floating_point:
+                h = self.call(aten.to.dtype, h, meta.dtype)
             return self._pair(self.call(local.log_sum_exp, h, place, keep), node, combine, place)
         if combine in ("argmax", "argmin"):
             pair = self.call(local.extreme, h, place, keep, combine == "argmax", self.columns)

@@ -87,7 +87,7 @@ def test_an_unread_loss(write: Any) -> None:
     x, y = batches(1)[0]
     unread = run(x, y)
     write(model.head.weight, model.head.weight.detach() * 1.5)
-    with pytest.raises(elmo.StaleLogitsError, match=r"head\.weight has changed since"):
+    with pytest.raises(elmo.StaleLogitsError, match=r"head\.weight.* has changed since"):
         unread.item()
     assert run(x, y).item() == pytest.approx(loss(x, y).item(), rel=1e-5)
     del opt

@@ -329,3 +329,24 @@ def test_programs_that_differ_in_the_shape_of_an_argument_alone(grad):
                 torch.testing.assert_close(got, expected)
                 if grad:
                     torch.testing.assert_close(gradient(got), gradient(expected))
+
+
+def test_a_detached_value_that_is_used_and_returned_has_no_gradient():
+    """What is logged would hold the graph of its step."""
+
+    def program(x, w, y):
+        z = F.linear(x, w)
+        top = z.amax(-1, keepdim=True).detach()
+        shown = (top * 2).squeeze(-1)
+        return (z - top).exp().sum(-1).log().mean() + ce(z, y), top, shown
+
+    x, w, y = rows()
+    loss, top, shown = compiled(program)(x, w, y)
+    assert matches()
+    assert not any(value.requires_grad for value in (top, shown))
+    assert torch.equal(shown, top.squeeze(-1) * 2)
+    torch.testing.assert_close(top, F.linear(x, w).amax(-1, keepdim=True))
+    loss.backward()
+    other = w.detach().clone().requires_grad_()
+    program(x.detach(), other, y)[0].backward()
+    torch.testing.assert_close(w.grad, other.grad, rtol=1e-4, atol=1e-6)
