@@ -14,8 +14,8 @@ from torch import Tensor
     "elmo::rounded", mutates_args=(), schema="(Tensor x, ScalarType dtype) -> Tensor"
 )
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy, each element rounded to nearest in `dtype` (16 bits), in the dtype of `x`."""
-    return x.to(dtype).to(x.dtype)
+    """A copy, rounded to nearest in `dtype` (no wider than that of `x`), in the dtype of `x`."""
+    return x.to(dtype, copy=True).to(x.dtype)
 
 
 @rounded.register_fake
@@ -32,9 +32,11 @@ def round_through(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The same in operations that compile, on bits: Inductor leaves out a cast and its way back.
 
     bfloat16 drops 16 bits of the significand of float32, float16 drops 13, and has steps of 2^-24
-    below 2^-14: the sum with 0.5 has that as its last bit.
+    below 2^-14: the sum with 0.5 has that as its last bit. Casts to float32 are never left out.
     """
     v = x.float()
+    if dtype == torch.float32:
+        return v.to(x.dtype)
     n = 16 if dtype == torch.bfloat16 else 13
     bits = v.view(torch.int32)
     magnitude = bits & _MAGNITUDE
