@@ -20,6 +20,7 @@ from elmo_compile.passes.graphs import Site, ancestors, hint, hints, sites, tens
 from elmo_compile.passes.modes import ambient_autocast, autocast_states, grad_modes
 from elmo_compile.passes.records import Autocast, Region
 from elmo_compile.passes.shards import is_sharded
+from elmo_compile.passes.writes import shares_memory, written_nodes
 
 _TAIL_FUNCTIONS = frozenset(
     {operator.truediv, operator.mul, torch.div, torch.mul, torch.sum, torch.mean, torch.true_divide}
@@ -156,7 +157,7 @@ def grow(
                 arg in inside and (is_huge(arg, num_outputs) or _is_tuple(arg))
                 for arg in node.all_input_nodes
             )
-            if reads:
+            if reads or _writes_part(node, inside, num_outputs):
                 inside.add(node)
     modes = {grad[node] for node in _readers_of_values(seed, inside, order)}
     movable = _Movable(inside, grad, grad[seed])
@@ -171,6 +172,13 @@ def grow(
     if mode is None and not any(_takes_gradient(node) for node in region.inputs):
         return dataclasses.replace(region, grad_enabled=False)  # A frozen head's, in any mode.
     return region
+
+
+def _writes_part(node: fx.Node, inside: set[fx.Node], num_outputs: int) -> bool:
+    """Whether a node writes in place into a few outputs of the logits: `z[:, :2].fill_(0)`."""
+    parts = [part for part in written_nodes(node) if part in inside]
+    huge = [value for value in inside if is_huge(value, num_outputs)] if parts else []
+    return any(shares_memory(part, huge) for part in parts)
 
 
 def _takes_gradient(node: fx.Node) -> bool:

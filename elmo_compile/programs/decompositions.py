@@ -58,6 +58,7 @@ def rewritten() -> dict[Any, Callable[..., Any]]:
     found[aten.copy.default] = lambda into, source, non_blocking=False: source.to(
         into.device, into.dtype
     ).expand(into.shape)
+    found[aten.fill.Tensor] = found[aten.copy.default]
     # torch 2.15 writes `z[:, 0] = 1.0` so; the value does not depend on what was there.
     found[aten.fill.Scalar] = lambda into, value: torch.full(
         into.shape, value, dtype=into.dtype, device=into.device

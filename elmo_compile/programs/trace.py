@@ -21,6 +21,8 @@ from elmo_compile.ops.cut import cut
 from elmo_compile.ops.in_range import in_range
 from elmo_compile.ops.rounded import rounded
 from elmo_compile.programs.decompositions import rewritten, table
+from elmo_compile.programs.extent import size
+from elmo_compile.programs.ranges import rewrite_ranges
 from elmo_compile.programs.record import Unsupported
 
 aten = torch.ops.aten
@@ -73,6 +75,8 @@ def trace(
         run = _Region(module, products, work)
         forward = _functional(run, (*zs, *values), rewritten())
     _pure(forward)
+    rewrite_ranges(forward.graph, size(logits[0].shape[-1]))
+    forward.recompile()
     ends: Any = forward.graph.output_node().args[0]
     results = list(ends)
     inputs: list[Any] = [*zs, *values]

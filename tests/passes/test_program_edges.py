@@ -196,14 +196,15 @@ def test_equal_interests_have_one_best():
     assert_same(best_interest, (x, weight(), classes()))
 
 
-def test_outputs_overwritten_by_place_are_refused():
+def test_a_range_of_a_dynamic_number_of_outputs_is_refused():
     def program(x, w, y):
-        z = F.linear(x, w) + 0
-        z[:, L - 7 :] = -5.0
-        return ce(z, y % 100)
+        z = F.linear(x, w)
+        z[:, : len(x)] = -5.0
+        return ce(z, y % 100 + 50)
 
-    assert_same(program, rows(), count=0)
+    assert_same(program, rows(), count=0, dynamic=True)
     assert "overwritten" in refusals()[0].reason
+    assert "masked_fill" in refusals()[0].remedy
 
 
 def test_parts_of_a_dynamic_number_of_rows():

@@ -68,9 +68,10 @@ def view_of_logits_written(x, w, y):
     return ce(z, y)
 
 
-def one_logit_written(x, w, y):
+def part_of_a_part_written(x, w, y):
     z = F.linear(x, w)
-    z[0, 1].fill_(3.0)
+    part = z[:, 1:3]
+    part[0].fill_(3.0)
     return ce(z, y)
 
 
@@ -234,8 +235,8 @@ REFUSED: dict[str, tuple[Any, Any, Code, str]] = {
         Code.UNKNOWN_LOSS,
         "dropout",
     ),
-    "view_written": (view_of_logits_written, rows, Code.MUTATION, "z.view(-1)"),
-    "one_logit_written": (one_logit_written, rows, Code.MUTATION, "z"),
+    "view_written": (view_of_logits_written, rows, Code.UNKNOWN_LOSS, "z.view(-1)"),
+    "part_of_a_part": (part_of_a_part_written, rows, Code.MUTATION, "part[0].fill_"),
     "grad_switched": (no_grad_product, rows, Code.UNKNOWN_LOSS, "F.linear"),
     "features_written": (features_written, no_grad_rows, Code.MUTATION, "x.add_"),
     "features_view_written": (view_of_features_written, no_grad_rows, Code.MUTATION, "view.mul_"),
