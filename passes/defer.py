@@ -182,6 +182,8 @@ def _take_out(position: int, made: _Slice, returned: list[Any], added_from: int)
     graph.output(copies[made.node])
     tensor = tensor_of(made.node)
     assert tensor is not None
+    theirs = [*placeholders, *(n for n in returned[:added_from] if isinstance(n, fx.Node))]
+    shared = (i for i, n in enumerate(made.inputs) if n in theirs or shares_memory(n, theirs))
     return DeferredOutput(
         position=position,
         recipe=fx.GraphModule(made.region.site.module, graph),
@@ -191,6 +193,7 @@ def _take_out(position: int, made: _Slice, returned: list[Any], added_from: int)
         added_from=added_from,
         seed=made.region.seed,
         top=_largest(made),
+        shared=frozenset(shared),
     )
 
 

@@ -228,6 +228,8 @@ class DeferredOutput:
     """The product, in the graph as it was."""
     top: Region
     """A graph of its own: the logits' argmax, and the largest values of each row with indices."""
+    shared: frozenset[int] = frozenset()
+    """Sources, by position, whose memory the caller has: he may write into it."""
     read_again: frozenset[int] = frozenset()
     """Inputs of the graph that the recipe reads, and what is left of the graph as well."""
 

@@ -67,7 +67,7 @@ class World:
             "lower": "eager", "min_outputs": 32, "chunk_size": r.choice([7, 32, L]),
             "memory_budget": r.choice([None, "1KiB"]),
         }  # fmt: skip
-        without = ("write", "breaking") if inside else ()
+        without = ("breaking",) if inside else ()
         with torch.set_grad_enabled(self.grad):
             z = self.theirs(self.words)
             self.expression = Expression(r, z, r.choice([2, 3, 5, 8, 14]), without)

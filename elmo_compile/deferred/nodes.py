@@ -117,15 +117,18 @@ def defer(
     grad = origin.output.requires_grad and torch.is_grad_enabled()
     sources = origin.output.sources
     carried = {position for kind, position in sources if kind == "carrier"}
-    values, entering, carriers = [], [], []
+    values, carriers = [], []
     for kind, position in sources:
         value = results[position] if kind == "output" else inputs[position]
         if kind == "carrier":
             carriers.append(carry(value) if grad and value.requires_grad else None)
-            continue
-        values.append(value)
-        leaves_by_carrier = kind == "input" and position in carried
-        entering.append(value.detach() if leaves_by_carrier else value)
+        else:
+            values.append(value)
+    values = _kept(origin, values)
+    entering = [
+        value.detach() if kind == "input" and position in carried else value
+        for (kind, position), value in zip(sources, values)
+    ]
     root = Root(origin, values, collected)
     origin.large = root.large
     with torch.set_grad_enabled(grad):
@@ -139,6 +142,25 @@ def defer(
         return made
     root.real(EXCLUDED)
     return made.materialize()
+
+
+_COPIED = 4
+"""An input that the caller may write into is copied if it is that many times smaller than the
+logits."""
+
+
+def _kept(origin: Origin, values: Sequence[Any]) -> list[Any]:
+    """The recipe's inputs as they are now. Features in memory that the caller has, and whatever
+    else is small, are copied: writes that torch does not count (through numpy, or `.data`) would be
+    read as logits. Weights are watched instead."""
+    logits = origin.fake(values)
+    most = logits.numel() * logits.element_size() // _COPIED
+
+    def kept(place: int, value: Any) -> Any:
+        small = type(value) is Tensor and value.nbytes <= most
+        return value.clone() if small and place in origin.output.shared else value
+
+    return [kept(place, value) for place, value in enumerate(values)]
 
 
 def derive(logits: Deferred, step: Step, others: Sequence[Deferred] = ()) -> Tensor | None:

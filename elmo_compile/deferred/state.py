@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elmo_compile.deferred.origin import Origin
 from elmo_compile.deferred.step import Step
-from elmo_compile.deferred.unchanged import Sample, identity, is_weight
+from elmo_compile.deferred.unchanged import Sample, can_sample, identity
 from elmo_compile.errors import StaleLogitsError
 from elmo_compile.numerics.capture import capturing
 from elmo_compile.ops.data_parallel import active_wrapper
@@ -143,11 +143,12 @@ class Root(State):
         self._collected: Any = None
         if collected is not None:
             self.collect(collected)
-        self.inputs = tuple(self._held(value) for value in inputs)
+        self.inputs = tuple(inputs)
         self.data_parallel = active_wrapper()
         """The DistributedDataParallel in whose forward they were made: their losses are its."""
         self._versions = [identity(value) for value in self.inputs]
-        self._samples = [Sample(value) for value in self.inputs if is_weight(value)]
+        watched = (self.inputs[place] for place in sorted(origin.output.shared))
+        self._samples = [Sample(value) for value in watched if can_sample(value)]
         self._outdated = False
         self._top: tuple[Tensor, ...] | None = None
         for value in self.inputs:
@@ -166,15 +167,6 @@ class Root(State):
             if kind == "input" and position in output.read_again
             if isinstance(value, torch.nn.Parameter)
         ]
-
-    def _held(self, value: Any) -> Any:
-        """An input as it is now: a copy of features whose writes torch does not count."""
-        if not isinstance(value, Tensor) or not value.is_inference():
-            return value
-        weight = isinstance(value, torch.nn.Parameter) or (
-            self.fake.shape[-1] in value.shape and value.shape[:-1] != self.fake.shape[:-1]
-        )
-        return value if weight else value.clone()
 
     def remake(self, steps: Sequence[Step]) -> Tensor:
         self.check()

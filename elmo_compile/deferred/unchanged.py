@@ -20,9 +20,14 @@ def identity(value: Any) -> tuple[int, int]:
     return version(value), value.data_ptr() if is_weight(value) else 0
 
 
+def can_sample(value: Any) -> bool:
+    """Whether `Sample` reads a value: an ordinary tensor."""
+    return type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided
+
+
 class Sample:
-    """Some elements of a weight: what writes through `.data` (weights averaged or merged in place)
-    changes all of it, uncounted."""
+    """Some elements of a weight or another tensor: what writes through `.data` (weights averaged or
+    merged in place) changes all of it, uncounted."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
@@ -36,13 +41,10 @@ class Sample:
         return now.device == self._bytes.device and torch.equal(now, self._bytes)
 
     def _read(self) -> Tensor:
-        rows, columns = (max(1, size // many) for size, many in zip(self._weight.shape, (64, 4)))
+        steps = [max(1, size // (4 if dim else 64)) for dim, size in enumerate(self._weight.shape)]
         with torch.no_grad():
-            return (
-                self._weight.detach()[::rows, ::columns]
-                .clone(memory_format=torch.contiguous_format)
-                .view(torch.uint8)
-            )
+            some = self._weight.detach()[tuple(slice(None, None, step) for step in steps)]
+            return some.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 def version(value: Any) -> int:

@@ -32,15 +32,13 @@ def round_through(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The same in operations that compile, on bits: Inductor leaves out a cast and its way back.
 
     bfloat16 drops 16 bits of the significand of float32, float16 drops 13, and has steps of 2^-24
-    below 2^-14: the sum with 0.5 has that as its last bit. Casts to float32 are never left out.
+    below 2^-14: the sum with 0.5 has that as its last bit. float64 is cast to float32 first.
     """
     v = x.float()
-    if dtype == torch.float32:
-        return v.to(x.dtype)
-    n = 16 if dtype == torch.bfloat16 else 13
     bits = v.view(torch.int32)
     magnitude = bits & _MAGNITUDE
-    q = (magnitude + ((1 << (n - 1)) - 1) + ((magnitude >> n) & 1)) & -(1 << n)
+    n = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}[dtype]
+    q = (magnitude + ((1 << (n - 1)) - 1) + ((magnitude >> n) & 1)) & -(1 << n) if n else magnitude
     if dtype == torch.float16:
         small = ((v.abs() + 0.5) - 0.5).view(torch.int32)
         q = torch.where(magnitude < _LEAST_NORMAL_HALF, small, q)
